@@ -1,0 +1,61 @@
+"""Does a model stay right? One attack on many samples, and one verdict for each."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from crdnd.attacks._pgd import TableAttack
+from crdnd.data import ImageData
+from crdnd.models import evaluating
+from crdnd.random import Stream
+from crdnd.threat import ThreatModel
+
+
+def adversarial(
+    model: nn.Module, attack: TableAttack, name: str, x: Tensor, y: Tensor, ids: Tensor, threat: ThreatModel, seed: int
+) -> Tensor:
+    """Adversarial images (B, C, H, W) for a batch; the draws depend on (seed, attack, restart, sample id) alone."""
+    with evaluating(model):
+        return attack(model, x, y, threat, Stream.of("attack", seed, name, 0, ids=ids))
+
+
+def verdicts(
+    model: nn.Module,
+    data: ImageData,
+    attacked: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    *,
+    ids: Tensor | None = None,
+    batch_size: int,
+) -> Tensor:
+    """Whether the model's prediction is right for each sample, bool (N,); computed in true float32.
+
+    Args:
+        model: images in [0, 1] -> logits; used in eval mode and given its own modes back.
+        data: the samples, on the model's device.
+        attacked: (images, labels, ids) -> images to predict on; by default the natural ones.
+        ids: which samples; by default all.
+        batch_size: how many go through the model at once.
+    """
+    ids = torch.arange(len(data), device=data.x.device) if ids is None else ids
+    right: list[Tensor] = []
+    with _true_float32():
+        for part in ids.split(batch_size):
+            x, y = data.batch(part)
+            if attacked is not None:
+                x = attacked(x, y, part)
+            with evaluating(model), torch.no_grad():
+                right.append(model(x).argmax(1) == y)
+    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool, device=data.x.device)
+
+
+@contextmanager
+def _true_float32() -> Generator[None]:
+    """TF32 off for the body: a verdict is judged in float32 whatever the training precision was."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,71 @@
+"""Settings: frozen pydantic models, and errors that name the key, what it was and the way out."""
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from crdnd.errors import InputError, did_you_mean
+
+
+class Frozen(BaseModel):
+    """A settings object: never changes, knows its keys, refuses others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+    """Make a settings object from plain values, or raise an InputError of one line.
+
+    Args:
+        model: the pydantic model to make.
+        values: the values by key, as a YAML file or keyword arguments give them.
+        where: what the message puts before the key, such as "objective crdnd".
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(_explain(model, first["loc"], first["type"], first["msg"], first["input"], where)) from None
+
+
+def _explain(
+    model: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: Any, where: str
+) -> str:
+    key = ".".join(str(part) for part in location)
+    prefix = ": ".join(part for part in (where, key) if part)
+    if kind == "extra_forbidden":
+        siblings = _keys(model, location[:-1])
+        return f"{prefix}: no such setting{did_you_mean(str(location[-1]), siblings)}"
+    if kind == "missing":
+        return f"{prefix}: this setting is required and was not given."
+    # Our own validators already say what came and what to write; pydantic's say only what was expected.
+    if kind == "value_error":
+        text = message.removeprefix("Value error, ")
+        return f"{prefix}: {text}" if prefix else text
+    return f"{prefix}: {message[0].lower()}{message[1:]}, got {value!r}."
+
+
+def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that `model` allows at `path`."""
+    current: Any = model
+    for part in path:
+        field = current.model_fields.get(part) if _is_model(current) else None
+        if field is None:
+            break
+        options = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
+        current = next((option for option in options if _is_model(option)), None)
+    return list(current.model_fields) if _is_model(current) else []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)

@@ -1,0 +1,183 @@
+"""Images and labels in memory, their checks, and their splits. Everything downstream asks for batches by sample id."""
+
+import hashlib
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from crdnd.errors import InputError
+from crdnd.random import permutation
+
+
+class MapDataset(Protocol):
+    """A map-style data set, such as a `torch.utils.data.Dataset`, of pairs (image (C, H, W) in [0, 1], label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images with labels, checked once when made.
+
+    Args:
+        x: images (N, C, H, W): floating point in [0, 1], or uint8 in 0 .. 255, which is divided by 255 in each batch.
+        y: labels (N,), integers in 0 .. num_classes - 1.
+        num_classes: K; by default one more than the largest label.
+        class_names: names for messages and reports; by default the numbers.
+        name: what results call this data.
+
+    Raises:
+        InputError: a shape is wrong, a pixel lies outside [0, 1] or is NaN, a label is out of range.
+    """
+
+    x: Tensor
+    y: Tensor
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4:
+            raise InputError(f"{self.name}: images must have shape (N, C, H, W), got {tuple(self.x.shape)}.")
+        if self.y.shape != (len(self.x),):
+            raise InputError(
+                f"{self.name}: labels must have shape ({len(self.x)},) for {len(self.x)} images, got {tuple(self.y.shape)}."
+            )
+        if len(self.x) == 0:
+            raise InputError(f"{self.name}: there are no images.")
+        if self.y.is_floating_point() or self.y.is_complex() or self.y.dtype == torch.bool:
+            raise InputError(f"{self.name}: labels must be integers, got {self.y.dtype}.")
+        self._check_pixels()
+        low, high = int(self.y.min()), int(self.y.max())
+        if low < 0 or (self.num_classes and high >= self.num_classes):
+            bad = low if low < 0 else high
+            limit = f"0 .. {self.num_classes - 1}" if self.num_classes else "0 or more"
+            raise InputError(f"{self.name}: label {bad} is out of range; labels must be {limit}.")
+        classes = self.num_classes or high + 1
+        if classes < 2:
+            raise InputError(f"{self.name}: there is only one class; a classifier needs at least 2.")
+        object.__setattr__(self, "num_classes", classes)
+        object.__setattr__(self, "class_names", self.class_names or tuple(str(i) for i in range(classes)))
+        object.__setattr__(self, "y", self.y.to(torch.int64))
+
+    def _check_pixels(self) -> None:
+        if self.x.dtype == torch.uint8:
+            return
+        if not self.x.is_floating_point():
+            raise InputError(f"{self.name}: images must be floating point in [0, 1] or uint8, got {self.x.dtype}.")
+        if not bool(self.x.isfinite().all()):
+            raise InputError(f"{self.name}: images contain NaN or infinite pixels; clean them first.")
+        low, high = float(self.x.min()), float(self.x.max())
+        if low < 0 or high > 1:
+            hint = "divide by 255" if high > 2 else "leave normalisation to the model"
+            raise InputError(f"{self.name}: pixels range from {low:g} to {high:g} and must lie in [0, 1]; {hint}.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.x.shape[1:])
+
+    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,)."""
+        x = self.x[ids]
+        return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[ids]
+
+    def subset(self, ids: Tensor) -> "ImageData":
+        """The samples of `ids`, in their order."""
+        return ImageData(self.x[ids], self.y[ids], self.num_classes, self.class_names, self.name)
+
+    def to(self, device: torch.device) -> "ImageData":
+        """The same data on a device."""
+        if self.x.device == device:
+            return self
+        return ImageData(self.x.to(device), self.y.to(device), self.num_classes, self.class_names, self.name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of pixels, labels and their order."""
+        digest = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype} {self.num_classes}".encode())
+        digest.update(self.x.contiguous().cpu().numpy().tobytes())
+        digest.update(self.y.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a named data set is, where it comes from and what its licence allows."""
+
+    summary: str
+    licence: str
+    citation: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and (where there is one) test data. Choices are made on validation data alone."""
+
+    train: ImageData
+    validation: ImageData
+    test: ImageData | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of what training sees."""
+        return hashlib.sha256((self.train.sha256 + self.validation.sha256).encode()).hexdigest()
+
+
+def stratified(y: Tensor, sizes: Sequence[int], *names: str | int) -> list[Tensor]:
+    """Split samples into parts with the given sizes, each with the classes in the proportions of the whole.
+
+    Args:
+        y: labels (N,).
+        sizes: the size of each part; their sum is N.
+        names: what the split depends on, such as a seed.
+
+    Returns:
+        Sorted sample ids of each part.
+    """
+    order = permutation(len(y), "split", *names)
+    # Rank every sample within its class as a fraction; cutting the fractions cuts every class alike.
+    fraction = torch.empty(len(y), dtype=torch.float64)
+    shuffled = y.cpu()[order]
+    for label in shuffled.unique():
+        members = order[shuffled == label]
+        fraction[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    place = torch.empty(len(y), dtype=torch.int64)
+    place[order] = torch.arange(len(y))
+    ranked = fraction[order].argsort(stable=True)
+    parts = order[ranked].split(list(sizes))
+    return [part.sort().values for part in parts]
+
+
+def as_data(data: Any, name: str = "data") -> ImageData:
+    """Accept `ImageData`, a pair of tensors (x, y), or a map-style data set, whose items are read into memory."""
+    if isinstance(data, ImageData):
+        return data
+    if isinstance(data, tuple | list) and len(cast("Sized", data)) == 2:
+        x, y = cast("tuple[Any, Any]", data)
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            return ImageData(x, y, name=name)
+        raise InputError(f"{name}: a pair must be two tensors (images, labels), got {type(x).__name__}, {type(y).__name__}.")
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        items = [data[index] for index in range(len(data))]
+        try:
+            x = torch.stack([item[0] for item in items])
+            y = torch.tensor([int(item[1]) for item in items])
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise InputError(
+                f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): {error}"
+            ) from None
+        return ImageData(x, y, name=name)
+    raise InputError(
+        f"{name}: expected the name of a data set, a pair of tensors (images, labels) or a map-style data set, "
+        f"got {type(data).__name__}."
+    )

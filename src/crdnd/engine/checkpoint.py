@@ -1,0 +1,74 @@
+"""Checkpoints: tensors in a safetensors file named by its step, and a JSON that points to it and holds the rest.
+
+The JSON is replaced last and in one go. A kill before that leaves the old JSON with the old tensors, a kill after it the
+new ones; there is no moment at which neither pair is whole. Nothing in either file is ever executed.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from pydantic import Field
+from torch import Tensor
+
+from crdnd.config import Frozen, build
+from crdnd.engine.history import Epoch
+from crdnd.errors import InputError
+from crdnd.io import atomic_write_bytes, atomic_write_text, read_json, sha256
+from crdnd.models import parse_tensors
+
+POINTER = "checkpoint.json"
+
+
+class Checkpoint(Frozen):
+    """The document `crdnd.checkpoint/1`; its tensors lie in `file`."""
+
+    schema_: Literal["crdnd.checkpoint/1"] = Field("crdnd.checkpoint/1", alias="schema")
+    file: str = ""
+    sha256: str = ""
+    step: int
+    """Optimiser steps done."""
+    finished: bool
+    seconds: float
+    """Of the unfinished epoch so far."""
+    history: tuple[Epoch, ...]
+    best_epoch: int | None
+    """1 for the first; None before the first validation."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint and remove the one it replaces."""
+    data = safetensors.torch.save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+    file = f"checkpoint-{checkpoint.step:08d}.safetensors"
+    atomic_write_bytes(folder / file, data)
+    pointer = checkpoint.model_copy(update={"file": file, "sha256": sha256(data)})
+    atomic_write_text(folder / POINTER, pointer.model_dump_json(by_alias=True, indent=1) + "\n")
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old.name != file:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """The folder's checkpoint, or None where no step was saved yet.
+
+    Raises:
+        InputError: a file is truncated or damaged; the message says what to do.
+    """
+    pointer = folder / POINTER
+    if not pointer.exists():
+        return None
+    way_out = "run again with --fresh to move it aside and start over"
+    try:
+        checkpoint = build(Checkpoint, read_json(pointer))
+        file = folder / checkpoint.file
+        data = file.read_bytes()
+    except InputError as error:
+        raise InputError(f"{pointer}: is not a readable checkpoint ({error}); {way_out}.") from None
+    except OSError as error:
+        raise InputError(f"{pointer}: its tensors cannot be read ({error.strerror}); {way_out}.") from None
+    if sha256(data) != checkpoint.sha256:
+        raise InputError(f"{file}: is truncated or damaged; {way_out}.")
+    return checkpoint, parse_tensors(data, file)

@@ -1,0 +1,24 @@
+"""What a run remembers of every epoch; stored in its checkpoint and drawn in the report."""
+
+from crdnd.config import Frozen
+from crdnd.counts import Count
+
+
+class Validation(Frozen):
+    """Natural and robust accuracy on the validation split."""
+
+    clean: Count
+    robust: Count
+
+
+class Epoch(Frozen):
+    """One finished epoch: means over its batches, and the validation where there was one."""
+
+    epoch: int
+    """1 for the first."""
+    loss: float
+    terms: dict[str, float]
+    """The weighted terms that add up to `loss`."""
+    learning_rate: float
+    seconds: float
+    validation: Validation | None = None

@@ -1,0 +1,362 @@
+"""The training run: epochs of steps, validation, checkpoints, and an exact resume.
+
+Order, augmentation and attack starts are pure functions of (seed, epoch, sample), the learning rate of the step. What a
+resume must bring back is therefore only: weights, optimiser, averages, the objective's state, the sums of the unfinished
+epoch, and torch's own generator (for modules such as dropout).
+"""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from crdnd.data import Splits, augment
+from crdnd.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.schedule import learning_rate_factor
+from crdnd.engine.settings import OptimizerSettings, TrainSettings
+from crdnd.engine.signals import StopRequest, stop_requests
+from crdnd.engine.step import Step
+from crdnd.engine.validate import validate
+from crdnd.errors import Interrupted, RunError
+from crdnd.models import load_tensors, state
+from crdnd.objectives import Objective, TrainingAttack
+from crdnd.random import Stream, permutation
+
+log = logging.getLogger("crdnd")
+
+SECONDS_BETWEEN_SAVES = 10.0
+# How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
+STEPS_BETWEEN_LOOKS = 50
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; handed to its listener after every step."""
+
+    step: int
+    steps: int
+    history: tuple[Epoch, ...]
+
+
+Listener = Callable[[Progress], None]
+
+
+class Trainer:
+    """One run. `fit` does it all; the rest is what a checkpoint has to bring back.
+
+    Args:
+        student: the network that learns; its weights are changed.
+        teacher: the frozen network or None.
+        objective: the method, on the same number of classes.
+        attack: the training attack or None.
+        data: training and validation data.
+        settings: the run's settings.
+        folder: where the run lives; exists, and is held by this process.
+        accelerator: device, processes and trackers.
+        listener: called after every step.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        objective: Objective,
+        attack: TrainingAttack | None,
+        data: Splits,
+        settings: TrainSettings,
+        folder: Path,
+        accelerator: Accelerator,
+        listener: Listener | None = None,
+    ) -> None:
+        device = accelerator.device
+        self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
+        self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
+        self.student = student.to(device)
+        self.averaged = copy.deepcopy(self.student).eval() if settings.ema else None
+        self.objective = objective.to(device)
+        self.optimizer = _optimizer(self.student, settings.optimizer)
+        self.step_function = Step(
+            self.student,
+            teacher.to(device) if teacher else None,
+            self.objective,
+            attack,
+            settings.threat,
+            self._precision,
+        )
+        self.seeds = settings.seeds.resolve(settings.seed)
+        self.batch_size = min(settings.batch_size, len(self.train_data))
+        self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+        self.step = 0
+        self.history: tuple[Epoch, ...] = ()
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch: int | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        self.finished = False
+        self._order_of = (-1, torch.empty(0))
+        self._last_save = 0.0
+
+    def fit(self) -> None:
+        """Train to the end, from wherever the folder's checkpoint is.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state was saved.
+            RunError: the loss is not finite any more, or the machine failed; the last good checkpoint is kept.
+        """
+        if not self.student.training:
+            self.student.train()
+        with stop_requests() as request:
+            self._resume()
+            self._last_save = time.monotonic()
+            while self.step < self.total_steps:
+                started = time.monotonic()
+                self._one_step()
+                self.seconds += time.monotonic() - started
+                ends_epoch = self.step % self.steps_per_epoch == 0
+                if ends_epoch:
+                    self._end_epoch()
+                self._save_if_due(ends_epoch, request)
+                if self.listener:
+                    self.listener(Progress(self.step, self.total_steps, self.history))
+            if not self.finished:
+                self.finished = True
+                self._save()
+
+    @property
+    def result(self) -> nn.Module:
+        """The network whose accuracy counts: the averaged one where there is one."""
+        return self.averaged or self.student
+
+    def _one_step(self) -> None:
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        progress = self.step / self.total_steps
+        ids = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size].to(self.accelerator.device)
+        # Every process takes its share of the batch; draws are keyed by sample, so they do not depend on the share.
+        ids = ids[self.accelerator.process_index :: self.accelerator.num_processes]
+        x, y = self.train_data.batch(ids)
+        x = augment(x, self.settings.augmentation, Stream.of("augment", self.seeds.augment or 0, epoch, ids=ids))
+
+        terms, views = self.step_function(x, y, Stream.of("train", self.seeds.attack or 0, epoch, ids=ids), progress)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = terms.total
+        self.accelerator.backward(loss)
+        self._share_gradients()
+        if self.settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip_grad_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.objective.observe(views)
+        if self.averaged is not None:
+            _average(self.averaged, self.student, self.settings.ema or 0.0)
+        self._note(loss, terms.terms)
+        self.step += 1
+
+    def _order(self, epoch: int) -> Tensor:
+        """The epoch's order of the samples, int64 (N,); worked out once an epoch."""
+        if self._order_of[0] != epoch:
+            self._order_of = epoch, permutation(len(self.train_data), "order", self.seeds.order or 0, epoch)
+        return self._order_of[1]
+
+    def _share_gradients(self) -> None:
+        """Average the gradients over the processes; with equal shares that is the gradient of the joined batch."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.student.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def _note(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Add to the epoch's sums, on the device; look at them only as often as looking is free or due."""
+        for name, value in {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.items()}}.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if self.accelerator.device.type == "cpu" or (self.step + 1) % STEPS_BETWEEN_LOOKS == 0:
+            self._refuse_nan()
+
+    def _refuse_nan(self) -> None:
+        if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
+            raise RunError(
+                f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
+                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
+                "or set clip_grad_norm, and start over with --fresh."
+            )
+
+    def _end_epoch(self) -> None:
+        self._refuse_nan()
+        epoch = self.step // self.steps_per_epoch
+        means = {name: (value / self.steps_per_epoch).item() for name, value in self.sums.items()}
+        due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
+        validation = self._validate(epoch) if due else None
+        entry = Epoch(
+            epoch=epoch,
+            loss=means["loss"],
+            terms={name.removeprefix("terms."): mean for name, mean in means.items() if name != "loss"},
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seconds=round(self.seconds, 3),
+            validation=validation,
+        )
+        self.history += (entry,)
+        self.sums, self.seconds = {}, 0.0
+        for name in self.objective.summed if self.accelerator.num_processes > 1 else ():
+            counted = self.objective.get_buffer(name)
+            counted.copy_(self.accelerator.reduce(counted, "sum"))
+        self.objective.end_epoch()
+        self._report(entry)
+
+    def _validate(self, epoch: int) -> Validation:
+        validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
+        if self.best_epoch is None or _rank(validation) > _rank(self._best_validation()):
+            self.best_epoch = epoch
+            self.best = {key: value.detach().clone() for key, value in state(self.result).items()}
+        return validation
+
+    def _best_validation(self) -> Validation:
+        assert self.best_epoch is not None  # noqa: S101
+        best = self.history[self.best_epoch - 1].validation
+        assert best is not None  # noqa: S101
+        return best
+
+    def _report(self, entry: Epoch) -> None:
+        found = entry.validation
+        text = f", validation clean {found.clean.percent:.1f} robust {found.robust.percent:.1f}" if found else ""
+        log.info("epoch %d/%d: loss %.4f%s", entry.epoch, self.settings.epochs, entry.loss, text)
+        values = {"loss": entry.loss, "learning_rate": entry.learning_rate, **entry.terms}
+        if found:
+            values |= {"validation/clean": found.clean.percent, "validation/robust": found.robust.percent}
+        self.accelerator.log(values, step=self.step)
+
+    def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
+        every = self.settings.save_every_steps
+        late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
+        if request.exit_code is not None or (self.step % every == 0 if every else ends_epoch and late):
+            self._save()
+        if request.exit_code is not None and self.step < self.total_steps:
+            raise Interrupted(
+                f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
+                "The same command goes on from there.",
+                request.exit_code,
+            )
+
+    def _save(self) -> None:
+        self._refuse_nan()
+        if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
+            raise RunError(
+                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is kept. "
+                "Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
+            )
+        if self.accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                step=self.step,
+                finished=self.finished,
+                seconds=self.seconds,
+                history=self.history,
+                best_epoch=self.best_epoch,
+            )
+            save_checkpoint(self.folder, checkpoint, self._tensors())
+        self._last_save = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parts: dict[str, dict[str, Tensor]] = {
+            "student": state(self.student),
+            "averaged": state(self.averaged) if self.averaged else {},
+            "objective": state(self.objective),
+            "best": self.best,
+            "sums": self.sums,
+            "random": _random_states(),
+        }
+        for index, values in self.optimizer.state_dict()["state"].items():
+            parts[f"optimizer.{index}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        return {f"{part}/{key}": value for part, values in parts.items() for key, value in values.items()}
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.folder)
+        if found is None:
+            return
+        checkpoint, tensors = found
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, key = name.partition("/")
+            parts.setdefault(part, {})[key] = value
+        source = str(self.folder / checkpoint.file)
+        load_tensors(self.student, parts.get("student", {}), source)
+        if self.averaged is not None:
+            load_tensors(self.averaged, parts.get("averaged", {}), source)
+        load_tensors(self.objective, parts.get("objective", {}), source)
+        device = self.accelerator.device
+        self.best = {key: value.to(device) for key, value in parts.get("best", {}).items()}
+        self.sums = {key: value.to(device) for key, value in parts.get("sums", {}).items()}
+        optimizer: dict[str, Any] = self.optimizer.state_dict()
+        optimizer["state"] = {
+            int(part.removeprefix("optimizer.")): values
+            for part, values in parts.items()
+            if part.startswith("optimizer.")
+        }
+        self.optimizer.load_state_dict(optimizer)
+        _set_random_states(parts.get("random", {}))
+        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
+        self.seconds, self.finished = checkpoint.seconds, checkpoint.finished
+        if not self.finished:
+            log.info("going on from step %d of %d", self.step, self.total_steps)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+
+
+def _optimizer(student: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        trained,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov and settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
+    """averaged <- decay * averaged + (1 - decay) * student, batch-norm statistics included; counters are copied."""
+    own, new = state(averaged), state(student)
+    for key, value in own.items():
+        if value.is_floating_point():
+            value.lerp_(new[key], 1 - decay)
+        else:
+            value.copy_(new[key])
+
+
+def _rank(validation: Validation) -> tuple[int, int]:
+    """What `best` maximises: robust accuracy, then natural accuracy; the earlier epoch wins a tie."""
+    return validation.robust.correct, validation.clean.correct
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    cuda = [states[key] for key in sorted(states) if key.startswith("cuda")]
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)

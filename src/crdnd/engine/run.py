@@ -1,0 +1,367 @@
+"""Runs: a folder, its settings, its checkpoint, and in the end its models. `train` and `distill` live here."""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from crdnd import provenance
+from crdnd.config import build
+from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
+from crdnd.engine.history import Epoch
+from crdnd.engine.loop import Listener, Trainer
+from crdnd.engine.settings import TrainSettings, differences
+from crdnd.errors import InputError
+from crdnd.io import atomic_write_text, exclusive, make_folder, read_json
+from crdnd.models import (
+    ModelCard,
+    evaluating,
+    load_model,
+    load_tensors,
+    resolve_model,
+    save_model,
+    state,
+    weights_sha256,
+)
+from crdnd.objectives import INNER_LOSSES, Objective, TrainingAttack, load_objective, needs_teacher
+
+log = logging.getLogger("crdnd")
+
+RUN = "run.json"
+VALIDATION_PART = 0.15
+
+DataSource = str | Splits | ImageData | tuple[torch.Tensor, torch.Tensor] | MapDataset
+"""A named data set, ready splits, or training data, of which a part is held out for validation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lives; a model folder of the selected weights.
+        model: the selected weights, in eval mode.
+        other: the weights that were not selected (`last`, or `best`), in eval mode.
+        settings: what it was trained with.
+        history: one entry per epoch.
+        best_epoch: the epoch of `best`, 1 for the first.
+        reused: True when the folder already held this run, finished.
+    """
+
+    folder: Path
+    model: nn.Module
+    other: nn.Module
+    settings: TrainSettings
+    history: tuple[Epoch, ...]
+    best_epoch: int
+    reused: bool
+
+
+def train(
+    model: nn.Module,
+    data: DataSource,
+    *,
+    out: str | Path,
+    fresh: bool = False,
+    role: Literal["teacher", "student"] = "student",
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a model without a teacher, or go on with a run that was interrupted.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits (B, K); its weights are changed.
+        data: the name of a data set, `Splits`, or training data alone, of which a part is held out for validation.
+        out: the run's folder. If it holds this run already, training goes on where it was, bit for bit.
+        fresh: move what is in the folder aside and start over.
+        role: what the model's card and the result tables call it.
+        listener: called with a `Progress` after every step.
+        settings: see `TrainSettings`; `objective` and `threat` are required.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: something given cannot be used, or the folder holds a run with other settings.
+        RunError: the loss is not finite any more, or the disk is full; the last good checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    return _run(model, None, data, settings, Path(out), fresh=fresh, role=role, listener=listener)
+
+
+def distill(
+    student: nn.Module,
+    data: DataSource,
+    *,
+    teacher: nn.Module | str | Path,
+    out: str | Path,
+    fresh: bool = False,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a student from a frozen teacher, or go on with a run that was interrupted.
+
+    Args:
+        student: images (B, C, H, W) in [0, 1] -> logits (B, K); its weights are changed.
+        data: as for `train`.
+        teacher: a module, a run's or model's folder, a `.safetensors` file or "package.module:factory". It is
+            neither changed nor trained.
+        out: as for `train`.
+        fresh: as for `train`.
+        listener: as for `train`.
+        settings: see `TrainSettings`; `objective` and `threat` are required.
+
+    Returns:
+        The finished run; raises as `train` does.
+    """
+    frozen = teacher if isinstance(teacher, nn.Module) else resolve_model(str(teacher))
+    return _run(student, frozen, data, settings, Path(out), fresh=fresh, role="student", listener=listener)
+
+
+def make_objective(settings: TrainSettings, num_classes: int) -> tuple[Objective, TrainingAttack | None]:
+    """The method of these settings and the training attack it runs with."""
+    name = settings.objective.name
+    method = load_objective(name)
+    changes = settings.attack.model_dump(exclude_none=True)
+    if method.attack is None:
+        if changes:
+            raise InputError(f"attack.{next(iter(changes))}: objective {name} trains without an attack.")
+        return method(num_classes, **settings.objective.settings), None
+    return method(num_classes, **settings.objective.settings), method.attack.model_copy(update=changes)
+
+
+def check_model(model: nn.Module, data: ImageData, what: str) -> int:
+    """Run a few images through a model and return how many classes it has, or say what is wrong with it."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
+    x = x.to(device)
+    with evaluating(model), torch.no_grad():
+        try:
+            logits: Any = model(x)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first}") from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")
+    if not bool(logits.isfinite().all()):
+        raise InputError(f"{what}: returns NaN or infinite logits on natural images.")
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise InputError(f"{what}: returns probabilities, but logits are needed; remove its softmax.")
+    if logits.shape[1] < data.num_classes:
+        raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")
+    return logits.shape[1]
+
+
+def as_splits(data: Any, seed: int) -> Splits:
+    """Data with a validation split: the named set's own, or a stratified 15% of training data given alone."""
+    if isinstance(data, str):
+        return load_data(data)
+    if isinstance(data, Splits):
+        return data
+    whole = as_data(data)
+    held_out = max(1, round(VALIDATION_PART * len(whole)))
+    if held_out >= len(whole):
+        raise InputError(f"{whole.name}: {len(whole)} images are too few to hold some out for validation.")
+    train_ids, validation_ids = stratified(whole.y, (len(whole) - held_out, held_out), "validation", seed)
+    return Splits(whole.subset(train_ids), whole.subset(validation_ids))
+
+
+def _run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    values: Mapping[str, Any],
+    out: Path,
+    *,
+    fresh: bool,
+    role: Literal["teacher", "student"],
+    listener: Listener | None,
+) -> Run:
+    settings = build(TrainSettings, values)
+    splits = as_splits(data, settings.seed)
+    num_classes = check_model(student, splits.train, "student" if teacher is not None else "model")
+    if teacher is not None and (found := check_model(teacher, splits.train, "teacher")) != num_classes:
+        raise InputError(f"the teacher has {found} classes and the student {num_classes}; they must agree.")
+    objective, attack = make_objective(settings, num_classes)
+    _check_teacher(settings, objective, attack, teacher)
+    identity = {
+        "data": splits.sha256,
+        "teacher": weights_sha256(teacher) if teacher is not None else None,
+        "student": _shape_of(student),
+    }
+    make_folder(out)
+    with exclusive(out):
+        if fresh:
+            _move_aside(out)
+        threads = _open_run(out, settings, identity)
+        accelerator = _accelerator(settings, out)
+        trainer = Trainer(student, teacher, objective, attack, splits, settings, out, accelerator, listener)
+        with (
+            _logged(out),
+            _threads(threads),
+            torch.random.fork_rng(),
+            evaluating(teacher) if teacher is not None else nullcontext(),
+        ):
+            torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
+            reused = _already_finished(out)
+            trainer.fit()
+            accelerator.end_training()
+        return _finish(trainer, identity, out, splits, role, reused=reused)
+
+
+def _check_teacher(
+    settings: TrainSettings, objective: Objective, attack: TrainingAttack | None, teacher: nn.Module | None
+) -> None:
+    wanted = objective.needs | (INNER_LOSSES[attack.loss].needs if attack else frozenset())
+    name = settings.objective.name
+    if needs_teacher(wanted) and teacher is None:
+        raise InputError(f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`.")
+    if not needs_teacher(wanted) and teacher is not None:
+        raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
+
+
+def _shape_of(model: nn.Module) -> str:
+    """A digest of names and shapes: what must agree for weights to fit."""
+    lines = [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in state(model).items()]
+    return f"{type(model).__name__} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
+
+
+def _open_run(out: Path, settings: TrainSettings, identity: dict[str, Any]) -> int:
+    """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
+    chosen = settings.model_dump(mode="json")
+    if not (out / RUN).exists():
+        threads = torch.get_num_threads()
+        document = {
+            "schema": "crdnd.run/1",
+            "settings": chosen,
+            "identity": identity,
+            "threads": threads,
+            "versions": provenance.package_versions(),
+            "commit": provenance.commit(),
+            "command": provenance.command(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        atomic_write_text(out / RUN, json.dumps(document, indent=1) + "\n")
+        return threads
+    document = read_json(out / RUN)
+    changed = differences(document.get("settings", {}), chosen) + differences(document.get("identity", {}), identity)
+    if changed:
+        raise InputError(
+            f"{out}: holds a run with other settings ({'; '.join(changed)}). "
+            "Use --fresh to move it aside and start over, or choose another --out."
+        )
+    # Sums are added up in another order by another number of threads, so the run keeps the one it began with.
+    return int(document.get("threads", torch.get_num_threads()))
+
+
+def _move_aside(out: Path) -> None:
+    """Move everything but the lock into `<out>.old-<n>`."""
+    content = [path for path in out.iterdir() if path.name != ".lock"]
+    if not content:
+        return
+    number = 1
+    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+        number += 1
+    make_folder(aside)
+    for path in content:
+        path.rename(aside / path.name)
+    log.info("moved the old run to %s", aside)
+
+
+def _already_finished(out: Path) -> bool:
+    pointer = out / "checkpoint.json"
+    return pointer.exists() and bool(read_json(pointer).get("finished"))
+
+
+def _finish(
+    trainer: Trainer,
+    identity: Mapping[str, Any],
+    out: Path,
+    splits: Splits,
+    role: Literal["teacher", "student"],
+    *,
+    reused: bool,
+) -> Run:
+    """Make the two models of a finished run and write their folders."""
+    last = trainer.result
+    best = copy.deepcopy(last)
+    load_tensors(best, trainer.best, f"{out}: best")
+    models = {"best": best.eval(), "last": last.eval()}
+    select = trainer.settings.select
+    other = "last" if select == "best" else "best"
+    if trainer.accelerator.is_main_process:
+        for label, folder in ((other, out / other), (select, out)):
+            if not (reused and _is_model(folder)):
+                card = ModelCard(
+                    method=trainer.settings.objective.name,
+                    role=role,
+                    seed=trainer.settings.seed,
+                    checkpoint=label,
+                    data=splits.train.name,
+                    class_names=splits.train.class_names,
+                    threat=trainer.settings.threat,
+                    teacher_sha256=identity["teacher"],
+                    command=provenance.command(),
+                    versions=provenance.package_versions(),
+                    commit=provenance.commit(),
+                )
+                save_model(folder, models[label], card)
+    assert trainer.best_epoch is not None, "the last epoch is always validated"  # noqa: S101
+    return Run(out, models[select], models[other], trainer.settings, trainer.history, trainer.best_epoch, reused)
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        load_model(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+    try:
+        accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
+        if settings.trackers:
+            accelerator.init_trackers("crdnd", {})
+    except (ValueError, ImportError) as error:
+        raise InputError(f"trackers: {error}; pip install {' '.join(settings.trackers)}") from None
+    return accelerator
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def _logged(out: Path) -> Generator[None]:
+    """Write what happens to the run's own log."""
+    handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()

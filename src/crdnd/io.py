@@ -1,0 +1,98 @@
+"""Files that are either the old one or the new one, never half of one."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from crdnd.errors import InputError, RunError
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a kill at any moment, finds the old content or the new, never a part.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
+    _sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Like `atomic_write_bytes`, for text in UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; a path that cannot be one is an error of one line."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that this package wrote; anything else is an InputError that names the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); the file is missing or damaged.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is not one of this package's files (a JSON object was expected).")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Generator[None]:
+    """Hold a run's folder; a second process that wants it is refused at once.
+
+    The operating system releases the lock when the process dies, so a killed run never leaves a stale one.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out.") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return RunError(f"{path}: the disk is full; what was saved before is untouched. Free space and run again.")
+    return RunError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; not every platform lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

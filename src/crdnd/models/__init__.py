@@ -1,0 +1,38 @@
+"""Models from pixels in [0, 1] to logits. One file, one architecture; any other `torch.nn.Module` will do as well."""
+
+from crdnd import registry
+from crdnd.models._base import Architecture, Normalized, create_model, evaluating, parameter_count
+from crdnd.models._folder import (
+    ModelCard,
+    load_model,
+    load_tensors,
+    parse_tensors,
+    read_card,
+    resolve_model,
+    save_model,
+    state,
+    weights_sha256,
+)
+
+__all__ = [
+    "Architecture",
+    "ModelCard",
+    "Normalized",
+    "create_model",
+    "evaluating",
+    "load_model",
+    "load_tensors",
+    "model_names",
+    "parameter_count",
+    "parse_tensors",
+    "read_card",
+    "resolve_model",
+    "save_model",
+    "state",
+    "weights_sha256",
+]
+
+
+def model_names() -> list[str]:
+    """The registry's keys."""
+    return registry.names("models")

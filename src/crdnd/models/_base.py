@@ -1,0 +1,105 @@
+"""Models that take pixels in [0, 1]: normalisation is their first layer, so eps means the same for all of them."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from crdnd import registry
+from crdnd.config import Frozen, build
+
+
+class Architecture(Frozen):
+    """Everything needed to build a model again: what `model.json` stores."""
+
+    name: str
+    settings: dict[str, int | float | str | bool] = {}
+    num_classes: int = Field(ge=2)
+    input_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """Such as 'cnn(width=8)'."""
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.settings.items())})"
+
+
+class Normalized(nn.Module):
+    """A network behind its normalisation. (B, C, H, W) in [0, 1] -> logits (B, K)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        channels = architecture.input_shape[0]
+        self.network = network
+        self.register_buffer("mean", torch.tensor(architecture.mean).reshape(1, channels, 1, 1))
+        self.register_buffer("std", torch.tensor(architecture.std).reshape(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        return self.network((x - self.mean) / self.std)
+
+
+def create_model(
+    name: str,
+    *,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Normalized:
+    """Build a model of a known architecture; the same seed gives the same weights.
+
+    Args:
+        name: a key of `model_names()`.
+        input_shape: (C, H, W) of the images.
+        num_classes: K.
+        mean: normalisation per channel, 0 by default.
+        std: normalisation per channel, 1 by default.
+        seed: of the initial weights. The global random state is left as it was.
+        settings: the architecture's own, such as `width=8`.
+    """
+    network_class = registry.load("models", name, "MODEL")
+    chosen = build(network_class.Settings, settings, where=f"model {name}")
+    channels = input_shape[0]
+    architecture = Architecture(
+        name=name,
+        settings=chosen.model_dump(),
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=tuple(mean or (0.0,) * channels),
+        std=tuple(std or (1.0,) * channels),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = network_class(channels, num_classes, chosen)
+    return Normalized(network, architecture)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Run the body with the model in eval mode, then give every submodule its own mode back.
+
+    `model.train()` afterwards would be wrong: it would also wake up layers that were frozen on purpose.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many parameters the model has."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,178 @@
+"""Model folders: `model.safetensors` with the weights and `model.json` with everything else. Nothing in them is run."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from crdnd.config import Frozen, build
+from crdnd.errors import InputError
+from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, read_json, sha256
+from crdnd.models._base import Architecture, Normalized, create_model
+from crdnd.threat import ThreatModel
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+class ModelCard(Frozen):
+    """The document `crdnd.model/1`: what a model is and how it came to be."""
+
+    schema_: Literal["crdnd.model/1"] = Field("crdnd.model/1", alias="schema")
+    sha256: str = ""
+    """Of the weights file."""
+    architecture: Architecture | None = None
+    """None for a module of the user's own, which only its own code can build again."""
+    class_name: str = ""
+    params: int = 0
+    method: str = ""
+    role: Literal["teacher", "student"] = "student"
+    seed: int | None = None
+    checkpoint: Literal["best", "last"] | None = None
+    data: str = ""
+    class_names: tuple[str, ...] = ()
+    threat: ThreatModel | None = None
+    teacher_sha256: str | None = None
+    command: str = ""
+    versions: dict[str, str] = {}
+    commit: str | None = None
+
+
+def weights_bytes(model: nn.Module) -> bytes:
+    """The model's state as a safetensors file; the same weights always give the same bytes."""
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    return safetensors.torch.save({key: value.detach().cpu().contiguous().clone() for key, value in state(model).items()})
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The identity of a model's weights: the SHA-256 of its weights file."""
+    return sha256(weights_bytes(model))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's state, without what else a module may keep there."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def save_model(folder: Path, model: nn.Module, card: ModelCard) -> ModelCard:
+    """Write a model folder; the card, written last, names the sha256 of the weights, so a torn pair is noticed."""
+    make_folder(folder)
+    data = weights_bytes(model)
+    card = card.model_copy(
+        update={
+            "sha256": sha256(data),
+            "architecture": model.architecture if isinstance(model, Normalized) else None,
+            "class_name": f"{type(model).__module__}.{type(model).__qualname__}",
+            "params": sum(parameter.numel() for parameter in model.parameters()),
+        }
+    )
+    atomic_write_bytes(folder / WEIGHTS, data)
+    atomic_write_text(folder / CARD, card.model_dump_json(by_alias=True, indent=1) + "\n")
+    return card
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card of a model folder or of a weights file."""
+    file = path / CARD if path.is_dir() else path.with_suffix(".json")
+    if not file.exists():
+        raise InputError(f"{path}: is not a model folder, {file.name} is missing.")
+    content = read_json(file)
+    if content.get("schema") != "crdnd.model/1":
+        raise InputError(f"{file}: has the format {content.get('schema')!r}; this version reads crdnd.model/1.")
+    return build(ModelCard, content, where=str(file))
+
+
+def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a model, in eval mode.
+
+    Args:
+        path: a model folder, or its `.safetensors` file with the card beside it.
+        model: for weights of the user's own module, a module of the same architecture to load them into.
+
+    Raises:
+        InputError: a file is missing, truncated or damaged, or belongs to another architecture.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such model.")
+    card = read_card(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    if sha256(data) != card.sha256:
+        raise InputError(f"{file}: is truncated or damaged: its sha256 is not the one in {CARD}.")
+    tensors = parse_tensors(data, file)
+    if model is None:
+        if card.architecture is None:
+            raise InputError(
+                f"{path}: holds weights of {card.class_name}, which only its own code can build; "
+                "call load_model(path, model=your_module)."
+            )
+        model = build_architecture(card.architecture)
+    load_tensors(model, tensors, str(file))
+    return model.eval()
+
+
+def build_architecture(architecture: Architecture) -> Normalized:
+    """A model of this architecture with untrained weights."""
+    return create_model(
+        architecture.name,
+        input_shape=architecture.input_shape,
+        num_classes=architecture.num_classes,
+        mean=architecture.mean,
+        std=architecture.std,
+        **architecture.settings,
+    )
+
+
+def parse_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file's content, or an InputError."""
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: is not a readable safetensors file ({error}).") from None
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors into a model; names and shapes must agree exactly."""
+    own = state(model)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        detail = f"{len(missing)} missing, such as {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise InputError(f"{source}: belongs to another architecture ({detail}).")
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            raise InputError(
+                f"{source}: belongs to another architecture "
+                f"({key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)})."
+            )
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+
+def resolve_model(spec: str) -> nn.Module:
+    """What MODEL means on the command line: a model folder, a `.safetensors` file, or `package.module:factory`.
+
+    The factory is the user's own code and is called without arguments; paths never run code.
+    """
+    module_name, colon, factory_name = spec.partition(":")
+    if not colon or Path(spec).exists():
+        return load_model(spec)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's module usually lies here
+    try:
+        factory: Any = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{spec}: cannot be imported ({error}).") from None
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}.")
+    return model

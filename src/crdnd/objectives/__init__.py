@@ -1,0 +1,39 @@
+"""Training methods, one file each; the file name is the method's name. They see views and never a model."""
+
+from crdnd import registry
+from crdnd.objectives._base import (
+    VIEWS,
+    LossTerms,
+    Objective,
+    ObjectiveSettings,
+    TrainingAttack,
+    View,
+    Views,
+    needs_teacher,
+)
+from crdnd.objectives._inner import INNER_LOSSES, InnerLoss
+
+__all__ = [
+    "INNER_LOSSES",
+    "VIEWS",
+    "InnerLoss",
+    "LossTerms",
+    "Objective",
+    "ObjectiveSettings",
+    "TrainingAttack",
+    "View",
+    "Views",
+    "load_objective",
+    "needs_teacher",
+    "objective_names",
+]
+
+
+def objective_names() -> list[str]:
+    """The registry's keys."""
+    return registry.names("objectives")
+
+
+def load_objective(name: str) -> type[Objective]:
+    """The method of that name, or an InputError with a suggestion."""
+    return registry.load("objectives", name, "METHOD")

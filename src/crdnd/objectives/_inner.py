@@ -1,0 +1,26 @@
+"""Inner maximisations: what a training attack ascends, as a function of views."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crdnd.losses import cross_entropy, kl, margin
+from crdnd.objectives._base import View, Views
+
+
+@dataclass(frozen=True)
+class InnerLoss:
+    """A per-sample loss of views. Views of x are computed once before the attack, views of x' in every step."""
+
+    needs: frozenset[View]
+    loss: Callable[[Views], Tensor]
+
+
+INNER_LOSSES: dict[str, InnerLoss] = {
+    "ce": InnerLoss(frozenset({"s_adv"}), lambda v: cross_entropy(v["s_adv"], v.y)),
+    "margin": InnerLoss(frozenset({"s_adv"}), lambda v: margin(v["s_adv"], v.y)),
+    "kl_teacher": InnerLoss(frozenset({"s_adv", "t_nat"}), lambda v: kl(v["t_nat"], v["s_adv"])),
+    "trades": InnerLoss(frozenset({"s_adv", "s_nat"}), lambda v: kl(v["s_nat"], v["s_adv"])),
+}
+"""Keyed by `TrainingAttack.loss`."""

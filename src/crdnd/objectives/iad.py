@@ -1,0 +1,58 @@
+"""IAD-I: introspective adversarial distillation, Zhu et al. 2022 (arXiv 2106.04928).
+
+    x' = argmax_{x' in B(x, eps)}  CE(S(x'), y)      10 steps, uniform start, batch norm in train mode
+    min_S  w KL(T(x) || S(x')) + (1 - w) KL(S(x) || S(x')),      w = T_y(x')^beta
+
+    paper              here             paper              here
+    T(x), T(x')        v["t_nat"],      S(x), S(x')        v["s_nat"], v["s_adv"]
+                       v["t_adv"]       alpha              w: how far the teacher is trusted on this sample
+
+For the first `warmup` of the run the student trusts the teacher alone (w = 1); 60 of 200 epochs in the paper.
+
+Differs from its paper: nothing by default. `form: code` is the authors' code, in which the teacher's term keeps the
+weight 1. In both S(x) is not detached, and the KL is a mean over the batch of a sum over classes.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from crdnd.losses import kl
+from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
+
+
+class IAD(Objective):
+    """The teacher where it holds under the student's attack, the student's own natural prediction where not."""
+
+    paper = "Zhu et al. 2022, arXiv 2106.04928"
+    needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
+    attack = TrainingAttack(loss="ce", start="uniform", mode="train")
+
+    class Settings(ObjectiveSettings):
+        """IAD's settings."""
+
+        beta: float = Field(0.1, ge=0, description="Exponent of the trust T_y(x')^beta (section 4 of the paper).")
+        warmup: float = Field(0.3, ge=0, le=1, description="Part of the run that trusts the teacher alone: 60/200.")
+        form: Literal["paper", "code"] = Field("paper", description="code: the teacher's term always has weight 1.")
+
+    settings: Settings
+
+    def terms(self, v: Views) -> LossTerms:
+        """w KL(T(x) || S(x')) and (1 - w) KL(S(x) || S(x'))."""
+        trust = self.trust(v)
+        weight = trust if self.settings.form == "paper" else 1.0
+        return LossTerms(
+            kl_teacher=weight * kl(v["t_nat"], v["s_adv"]),
+            kl_self=(1 - trust) * kl(v["s_nat"], v["s_adv"]),
+        )
+
+    def trust(self, v: Views) -> Tensor:
+        """T_y(x')^beta for each sample, 1 during the warm-up; (B,)."""
+        true_class = F.softmax(v["t_adv"], dim=1).gather(1, v.y[:, None])[:, 0]
+        beta = self.settings.beta if v.progress >= self.settings.warmup else 0.0
+        return true_class**beta
+
+
+METHOD = IAD

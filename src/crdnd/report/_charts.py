@@ -1,0 +1,256 @@
+"""The report's charts as fragments of HTML; each needs plotly.js on the page."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from crdnd.counts import Count
+from crdnd.engine.history import Epoch
+from crdnd.report._lines import Line
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Middle tones, which read on white and on black alike.
+_TEACHER = "#7d8590"
+_STUDENTS = (
+    "#2f7ed8",
+    "#d9622b",
+    "#1f9d78",
+    "#b0559f",
+    "#c99700",
+    "#28a4c9",
+    "#7a63d1",
+    "#d64562",
+    "#7d8f2b",
+    "#a06a42",
+)
+# Outlines, since equal accuracies lie on each other.
+_ATTACKS = tuple(f"{shape}-open" for shape in ("circle", "square", "triangle-up", "diamond", "pentagon", "star"))
+
+
+def colours_of(lines: Sequence[Line], others: Iterable[str]) -> dict[str, str]:
+    """A colour for every line and for every other name, the same in all charts."""
+    colours = {line.label: _TEACHER for line in lines if line.row.role == "teacher"}
+    names = dict.fromkeys([*(line.label for line in lines), *others])
+    students = [name for name in names if name not in colours]
+    return colours | {name: _STUDENTS[index % len(_STUDENTS)] for index, name in enumerate(students)}
+
+
+def clean_against_worst_case(lines: Sequence[Line], colours: Mapping[str, str]) -> Markup:
+    """A named point per model with its 95% intervals as error bars."""
+    from plotly.graph_objects import Figure, Scatter
+
+    x_range = _range([line.row.clean for line in lines])
+    y_range = _range([line.row.worst_case for line in lines])
+    # Positions in pixels on a wide screen, by which the names keep out of each other's way.
+    places = _label_places(
+        [
+            (
+                1080 * (line.row.clean.percent - x_range[0]) / (x_range[1] - x_range[0]),
+                440 * (line.row.worst_case.percent - y_range[0]) / (y_range[1] - y_range[0]),
+                line.label,
+            )
+            for line in lines
+        ]
+    )
+    figure = Figure()
+    for line in lines:
+        clean, worst = line.row.clean, line.row.worst_case
+        colour = colours[line.label]
+        figure.add_trace(
+            Scatter(
+                x=[clean.percent],
+                y=[worst.percent],
+                error_x=_error_bar(clean, colour),
+                error_y=_error_bar(worst, colour),
+                mode="markers",
+                marker={"color": colour, "size": 11},
+                hovertext=[f"{_plain(line.label)}<br>clean {_exact(clean)}<br>worst case {_exact(worst)}"],
+                hoverinfo="text",
+                showlegend=False,
+            )
+        )
+    # The names come last and so above every error bar.
+    figure.add_trace(
+        Scatter(
+            x=[line.row.clean.percent for line in lines],
+            y=[line.row.worst_case.percent for line in lines],
+            mode="markers+text",
+            # Unseen, but plotly keeps a name clear of a marker only where it draws one.
+            marker={"size": 11, "opacity": 0},
+            text=[_plain(line.label) for line in lines],
+            textposition=places,
+            cliponaxis=False,
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
+    figure.update_layout(height=520)
+    figure.update_xaxes(title_text="clean accuracy (%)", range=x_range)
+    figure.update_yaxes(title_text="worst-case accuracy (%)", range=y_range)
+    return _fragment(figure, "chart-tradeoff", top=16)
+
+
+def attacks_on_one_line(lines: Sequence[Line], attacks: Sequence[str], colours: Mapping[str, str]) -> Markup:
+    """A line per model with a dot for every attack and a bar at the worst case."""
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for line in lines:
+        robust = [line.row.worst_case.percent, *(line.row.attacks[name].percent for name in attacks)]
+        figure.add_trace(
+            Scatter(
+                x=[min(robust), max(robust)],
+                y=[_plain(line.label)] * 2,
+                mode="lines",
+                line={"color": colours[line.label], "width": 2},
+                opacity=0.45,
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
+    symbols = {name: _ATTACKS[index % len(_ATTACKS)] for index, name in enumerate(attacks)}
+    for name, symbol in {**symbols, "worst case": "line-ns-open"}.items():
+        counts = [line.row.attacks[name] if name in symbols else line.row.worst_case for line in lines]
+        marker = {"symbol": symbol, "size": 11 if name in symbols else 20, "line_width": 2.2}
+        figure.add_trace(
+            Scatter(
+                x=[count.percent for count in counts],
+                y=[_plain(line.label) for line in lines],
+                mode="markers",
+                marker={**marker, "color": [colours[line.label] for line in lines]},
+                hovertext=[
+                    f"{_plain(line.label)}<br>{_plain(name)} {_exact(count)}"
+                    for line, count in zip(lines, counts, strict=True)
+                ],
+                hoverinfo="text",
+                showlegend=False,
+            )
+        )
+        # In the legend a symbol stands for an attack and no method's colour may suggest otherwise.
+        figure.add_trace(Scatter(x=[None], y=[None], mode="markers", marker={**marker, "color": _TEACHER}, name=_plain(name)))
+    figure.update_layout(height=110 + 36 * len(lines), xaxis_title="accuracy under attack (%)")
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=[_plain(line.label) for line in lines], autorange="reversed"
+    )
+    return _fragment(figure, "chart-attacks", top=48)
+
+
+def training_curves(histories: Mapping[str, Sequence[Epoch]], colours: Mapping[str, str]) -> Markup:
+    """Validation accuracy under attack and on clean images, and the training loss, over the epochs of all runs."""
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
+
+    titles = ("validation accuracy under attack (%)", "validation accuracy, clean (%)", "training loss")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.06)
+    validated = False
+    for name, history in histories.items():
+        style: dict[str, Any] = {
+            "name": _plain(name),
+            "legendgroup": name,
+            "line": {"color": colours[name], "width": 2},
+            "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.3~g}<extra></extra>",
+        }
+        points = [(epoch.epoch, epoch.validation) for epoch in history if epoch.validation]
+        validated = validated or bool(points)
+        epochs = [epoch for epoch, _ in points]
+        accuracies = ([v.robust.percent for _, v in points], [v.clean.percent for _, v in points])
+        for column, percent in enumerate(accuracies, start=1):
+            figure.add_trace(
+                Scatter(x=epochs, y=percent, mode="lines+markers", marker_size=5, showlegend=False, **style),
+                row=1,
+                col=column,
+            )
+        # A line of one epoch would be invisible.
+        mode = "lines" if len(history) > 1 else "lines+markers"
+        figure.add_trace(
+            Scatter(x=[e.epoch for e in history], y=[e.loss for e in history], mode=mode, **style), row=1, col=3
+        )
+    if not validated:
+        for column in (1, 2):
+            figure.add_annotation(
+                text="no validation", showarrow=False, xref="x domain", yref="y domain", x=0.5, y=0.5, row=1, col=column
+            )
+    figure.update_layout(height=400)
+    figure.update_annotations(font_size=14)
+    figure.update_xaxes(title_text="epoch")
+    return _fragment(figure, "chart-training", top=76)
+
+
+def _range(counts: Sequence[Count]) -> tuple[float, float]:
+    """An axis that shows the intervals whole, in percent."""
+    ends = [end for count in counts for end in count.interval()]
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    return min(ends) - margin, max(ends) + margin
+
+
+def _label_places(points: Sequence[tuple[float, float, str]]) -> list[str]:
+    """Where plotly writes the name of each point (x, y in pixels, y upwards), so that names do not cover each other."""
+    # Places beside the point come last: there the error bars run.
+    sides = {"left": -1.0, "center": -0.5, "right": 0.0}
+    candidates = [(v, h) for h in ("right", "left", "center") for v in ("top", "bottom")]
+    candidates += [("middle", "right"), ("middle", "left")]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
+    places: list[str] = []
+    for x, y, text in points:
+        width, height = 7.0 * len(text), 14.0
+        boxes: dict[str, tuple[float, float, float, float]] = {}
+        for vertical, horizontal in candidates:
+            left = x + sides[horizontal] * width + {"left": -7, "center": 0, "right": 7}[horizontal]
+            bottom = y + {"top": 7.0, "middle": -height / 2, "bottom": -7 - height}[vertical]
+            boxes[f"{vertical} {horizontal}"] = (left, bottom, left + width, bottom + height)
+        free = [place for place, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        place = free[0] if free else "top right"
+        taken.append(boxes[place])
+        places.append(place)
+    return places
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _error_bar(count: Count, colour: str) -> dict[str, Any]:
+    low, high = count.interval()
+    return {
+        "type": "data",
+        "array": [high - count.percent],
+        "arrayminus": [count.percent - low],
+        "color": colour,
+        "thickness": 1.2,
+        "width": 4,
+    }
+
+
+def _exact(count: Count) -> str:
+    low, high = count.interval()
+    return f"{count.percent:.1f}% ({count.correct}/{count.n}), 95% [{low:.1f}, {high:.1f}]"
+
+
+def _plain(text: str) -> str:
+    """The text as plotly shows it letter by letter; plotly reads tags and entities in every label."""
+    return html.escape(text, quote=False)
+
+
+def _fragment(figure: "Figure", name: str, top: int) -> Markup:
+    """The figure in the style of the page, `top` pixels below its upper edge."""
+    grid = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.5)"}
+    figure.update_layout(
+        template="none",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 56, "r": 16, "t": top, "b": 48},
+        # In pixels above the plot, whatever its height.
+        legend={"orientation": "h", "yref": "container", "y": 1, "x": 0, "yanchor": "top"},
+        showlegend=True,
+    )
+    figure.update_xaxes(automargin=True, title_standoff=10, title_font_size=13, **grid)
+    figure.update_yaxes(automargin=True, title_standoff=10, title_font_size=13, **grid)
+    # The fragment is plotly's own serialisation, which escapes whatever could end its script element.
+    return Markup(  # noqa: S704
+        figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displayModeBar": False})
+    )

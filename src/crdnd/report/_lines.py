@@ -1,0 +1,63 @@
+"""Which rows make a line of the report's tables and charts, and what each line is called."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from crdnd.evaluation.result import Results, Row
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model as the report shows it."""
+
+    label: str
+    """The method, with whatever else tells it apart from the other lines."""
+    row: Row
+    """The best checkpoint, or the only one there is."""
+    last: Row | None
+    """The last checkpoint of the same run, where `row` is another one."""
+
+
+def lines_of(results: Results) -> list[Line]:
+    """One line per model, teachers first, otherwise in the order of the results."""
+    last: defaultdict[tuple[str, str, str, int | None], list[Row]] = defaultdict(list)
+    for row in results.rows:
+        if row.checkpoint == "last":
+            last[_run(row)].append(row)
+    # Two runs can agree in all that a row says of them; they are paired in the order in which they were measured.
+    pairs = [(row, last[_run(row)]) for row in results.rows if row.checkpoint != "last"]
+    chosen = [(row, rows.pop(0) if rows else None) for row, rows in pairs]
+    # A run that was stopped early may have no best checkpoint; it is shown all the same.
+    chosen += [(row, None) for rows in last.values() for row in rows]
+    chosen.sort(key=lambda pair: pair[0].role != "teacher")
+    labels = _labels([row for row, _ in chosen])
+    return [Line(label, row, last_row) for label, (row, last_row) in zip(labels, chosen, strict=True)]
+
+
+def _run(row: Row) -> tuple[str, str, str, int | None]:
+    return row.role, row.method, row.model, row.seed
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    labels = [_label(row, [other for other in rows if other.method == row.method]) for row in rows]
+    times = Counter(labels)
+    return [
+        f"{label} #{row.model_sha256[:6]}" if times[label] > 1 else label
+        for label, row in zip(labels, rows, strict=True)
+    ]
+
+
+def _label(row: Row, namesakes: list[Row]) -> str:
+    """The method and, where others share it, only that in which they differ."""
+    details = [
+        str(text)
+        for text, key in (
+            (row.role, "role"),
+            (row.model, "model"),
+            ("no seed" if row.seed is None else f"seed {row.seed}", "seed"),
+        )
+        if len({getattr(other, key) for other in namesakes}) > 1
+    ]
+    if row.checkpoint == "last":
+        details.append("last checkpoint")
+    return f"{row.method} ({', '.join(details)})" if details else row.method

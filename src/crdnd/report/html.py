@@ -1,0 +1,185 @@
+"""The report: one HTML file that holds all it needs and asks no network for anything."""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from crdnd.counts import Count
+from crdnd.engine.history import Epoch
+from crdnd.errors import InputError
+from crdnd.evaluation.result import Results
+from crdnd.io import atomic_write_text
+from crdnd.report import _charts
+from crdnd.report._lines import Line, lines_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GalleryItem:
+    """What one attack did to one sample and to one model's answer."""
+
+    method: str
+    """Whose answers these are, as the results call it."""
+    attack: str
+    sample: int
+    """The sample's number in its split."""
+    label: str
+    """The true class by name."""
+    natural: NDArray[np.floating]
+    """(C, H, W) in [0, 1], where C is 1 (grey) or 3 (colour)."""
+    adversarial: NDArray[np.floating]
+    """Like `natural`."""
+    predicted_natural: str
+    confidence_natural: float
+    """The softmax probability of `predicted_natural`, in [0, 1]."""
+    predicted_adversarial: str
+    confidence_adversarial: float
+    """The softmax probability of `predicted_adversarial`, in [0, 1]."""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    results: Results,
+    histories: Mapping[str, Sequence[Epoch]],
+    gallery: Sequence[GalleryItem],
+    notes: Sequence[str],
+    command: str,
+) -> None:
+    """Write the report to `path`, completely or not at all.
+
+    Args:
+        path: the HTML file; its folder exists.
+        title: the page's heading.
+        results: what was measured, and how.
+        histories: the epochs of each run by the name of its method; may lack runs, or have none.
+        gallery: attacked images to show, grouped by sample on the page; may be empty.
+        notes: findings, one sentence or more each; may be empty.
+        command: what to type to make this file again.
+    """
+    from plotly.offline import get_plotlyjs
+
+    lines = lines_of(results)
+    attacks = list(results.protocol.attacks)
+    histories = {name: history for name, history in histories.items() if history}
+    colours = _charts.colours_of(lines, [*histories, *(item.method for item in gallery)])
+    cards: dict[int, list[_Card]] = {}
+    for item in gallery:
+        cards.setdefault(item.sample, []).append(_card(item))
+
+    environment = Environment(
+        loader=PackageLoader("crdnd", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        notes=notes,
+        protocol=results.protocol,
+        table=_table(lines, attacks),
+        last=_table([Line(line.label, line.last, None) for line in lines if line.last], attacks),
+        colours=colours,
+        # Plotly's own code; nothing of the caller's is in it.
+        plotly=Markup(get_plotlyjs()),  # noqa: S704
+        tradeoff=_charts.clean_against_worst_case(lines, colours),
+        per_attack=_charts.attacks_on_one_line(lines, attacks, colours),
+        training=_charts.training_curves(histories, colours) if histories else None,
+        gallery=cards,
+    )
+    atomic_write_text(path, page)
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    note: str
+    counts: list[Count | None]
+    """One for each line."""
+    best: set[int]
+    """The lines, by number, with the highest accuracy among the students."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    lines: list[Line]
+    columns: list[_Column]
+
+
+def _table(lines: list[Line], attacks: list[str]) -> _Table:
+    def column(title: str, count: Callable[[Line], Count | None], note: str = "", ranked: bool = True) -> _Column:
+        counts = [count(line) for line in lines]
+        return _Column(title, note, counts, _best(lines, counts) if ranked else set())
+
+    columns = [
+        column("clean", lambda line: line.row.clean),
+        *(column(name, lambda line, name=name: line.row.attacks[name]) for name in attacks),
+        column("worst case", lambda line: line.row.worst_case),
+    ]
+    if "pgd_sat" in attacks:
+        columns.append(column("gap", _gap, note="pgd_sat − worst case", ranked=False))
+    if any(line.last for line in lines):
+        columns.append(column("last checkpoint", lambda line: line.last and line.last.worst_case, note="worst case"))
+    return _Table(lines, columns)
+
+
+def _gap(line: Line) -> Count:
+    """The samples right under pgd_sat and not in the worst case, which is a subset: a proportion like the others."""
+    pgd, worst = line.row.attacks["pgd_sat"], line.row.worst_case
+    return Count(correct=pgd.correct - worst.correct, n=pgd.n)
+
+
+def _best(lines: list[Line], counts: list[Count | None]) -> set[int]:
+    students = {
+        index: count.percent
+        for index, (line, count) in enumerate(zip(lines, counts, strict=True))
+        if count and line.row.role == "student"
+    }
+    # The best of one says nothing.
+    if len(students) < 2:
+        return set()
+    return {index for index, percent in students.items() if percent == max(students.values())}
+
+
+@dataclass(frozen=True)
+class _Card:
+    item: GalleryItem
+    natural: str
+    perturbation: str
+    adversarial: str
+    scale: str
+    """The perturbation that black and white stand for, such as '0.100'."""
+
+
+def _card(item: GalleryItem) -> _Card:
+    natural, adversarial = item.natural.astype(np.float64), item.adversarial.astype(np.float64)
+    delta = adversarial - natural
+    scale = float(np.abs(delta).max())
+    return _Card(
+        item=item,
+        natural=_png(natural),
+        perturbation=_png(0.5 + 0.5 * delta / (scale or 1.0)),
+        adversarial=_png(adversarial),
+        scale=f"{scale:#.3g}",
+    )
+
+
+def _png(image: NDArray[np.float64]) -> str:
+    """A data URI. (C, H, W) in [0, 1], C = 1 or 3."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise InputError(f"gallery: an image of shape {image.shape} cannot be shown; it must be (1 or 3, H, W).")
+    pixels = (255 * image).round().clip(0, 255).astype(np.uint8)
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

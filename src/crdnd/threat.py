@@ -1,0 +1,97 @@
+"""The threat model: which inputs an adversary may hand in. The only place that reads eps."""
+
+import math
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from crdnd.config import Frozen
+from crdnd.random import Stream
+
+Norm = Literal["linf", "l2"]
+Start = Literal["none", "uniform", "gaussian"]
+
+_TINY = 1e-30
+
+
+def parse_eps(value: Any) -> Any:
+    """Read eps as people write it: a number, or a fraction such as "8/255".
+
+    >>> parse_eps("8/255") == 8 / 255
+    True
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(Fraction(value.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a number; write 0.1 or 8/255.") from None
+
+
+class ThreatModel(Frozen):
+    """The adversary's set { x' : ||x' - x||_p <= eps, 0 <= x' <= 1 }, for images x in [0, 1].
+
+    >>> ThreatModel(norm="linf", eps="8/255").norm
+    'linf'
+    """
+
+    norm: Norm = Field("linf", description="linf bounds every pixel, l2 the length of the whole perturbation.")
+    eps: float = Field(description="Radius in the units of the images, which lie in [0, 1].")
+
+    _read_eps = field_validator("eps", mode="before")(parse_eps)
+
+    @model_validator(mode="after")
+    def _plausible(self) -> "ThreatModel":
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps={self.eps:g} must be a number of at least 0.")
+        if self.norm == "linf" and self.eps >= 1:
+            raise ValueError(
+                f"eps={self.eps:g} reaches over the whole pixel range; eps is in units of [0, 1], "
+                f"so write {self.eps:g}/255 and not {self.eps:g}."
+            )
+        return self
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """||a - b||_p for each sample. (B, ...), (B, ...) -> (B,)."""
+        delta = (a - b).flatten(1)
+        return delta.abs().amax(1) if self.norm == "linf" else delta.norm(dim=1)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The legal input nearest to x_adv under linf; under l2 a legal one on the way. (B, ...) -> (B, ...)."""
+        if self.norm == "linf":
+            inside = x + (x_adv - x).clamp(-self.eps, self.eps)
+        else:
+            delta = x_adv - x
+            inside = x + delta * (self.eps / _length(delta)).clamp(max=1)
+        # Ball first, box second: x lies in the box, so clamping only moves a pixel towards x and stays in the ball.
+        return inside.clamp(0, 1)
+
+    def ascend(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step: float) -> Tensor:
+        """One projected step of steepest ascent; `step` is a fraction of eps, so step and eps cannot be swapped."""
+        direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
+        return self.project(x_adv + step * self.eps * direction, x)
+
+    def start(self, x: Tensor, kind: Start, stream: Stream) -> Tensor:
+        """Where an attack begins: at x, uniformly in the ball, or at x + 0.001 N(0, 1) as TRADES and RSLAD do."""
+        if kind == "none":
+            return x.clone()
+        shape = tuple(x.shape[1:])
+        if kind == "gaussian":
+            return self.project(x + 0.001 * stream.normal(shape, x.dtype), x)
+        if self.norm == "linf":
+            return self.project(x + self.eps * (2 * stream.uniform(shape, x.dtype) - 1), x)
+        # A normal draw gives the direction; the radius law u^(1/d) makes the volume uniform, not the radius.
+        direction = stream.child("direction").normal(shape, x.dtype)
+        radius = stream.child("radius").uniform((1,) * len(shape), x.dtype) ** (1 / math.prod(shape))
+        return self.project(x + self.eps * radius * direction / _length(direction), x)
+
+    def __str__(self) -> str:
+        """Such as 'linf eps=0.1'."""
+        return f"{self.norm} eps={self.eps:.4g}"
+
+
+def _length(delta: Tensor) -> Tensor:
+    """The l2 norm of each sample, never 0, shaped to divide the batch. (B, ...) -> (B, 1, ...)."""
+    return delta.flatten(1).norm(dim=1).clamp(min=_TINY).reshape(-1, *(1,) * (delta.ndim - 1))
