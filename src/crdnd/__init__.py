@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crdnd.data import ImageData, Splits, load_data
-    from crdnd.engine.run import Run, distill, train
+    from crdnd.engine import Run, distill, train
     from crdnd.errors import InputError, Interrupted, RunError
-    from crdnd.evaluation.result import Results
-    from crdnd.evaluation.run import Prediction, evaluate, predict
+    from crdnd.evaluation import Prediction, Results, evaluate, predict
     from crdnd.models import create_model, load_model
     from crdnd.threat import ThreatModel
 
@@ -21,19 +20,19 @@ _HOME = {
     "ImageData": "crdnd.data",
     "InputError": "crdnd.errors",
     "Interrupted": "crdnd.errors",
-    "Prediction": "crdnd.evaluation.run",
-    "Results": "crdnd.evaluation.result",
-    "Run": "crdnd.engine.run",
+    "Prediction": "crdnd.evaluation",
+    "Results": "crdnd.evaluation",
+    "Run": "crdnd.engine",
     "RunError": "crdnd.errors",
     "Splits": "crdnd.data",
     "ThreatModel": "crdnd.threat",
     "create_model": "crdnd.models",
-    "distill": "crdnd.engine.run",
-    "evaluate": "crdnd.evaluation.run",
+    "distill": "crdnd.engine",
+    "evaluate": "crdnd.evaluation",
     "load_data": "crdnd.data",
     "load_model": "crdnd.models",
-    "predict": "crdnd.evaluation.run",
-    "train": "crdnd.engine.run",
+    "predict": "crdnd.evaluation",
+    "train": "crdnd.engine",
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of what they are for.
 
 A draw depends on a name (seed, purpose, epoch, restart ...), on the sample's id and on the element's index, and on
-nothing else: not on the batch a sample sits in, not on its neighbours, the process, the device or what was drawn before.
+nothing else: not on the batch a sample sits in, its neighbours, the process, the device or what was drawn before.
 So there is no generator state to save for an exact resume, and splitting a batch changes no verdict.
 
 The generator is SplitMix64 (Steele, Lea and Flood 2014) used as a counter-based hash.

@@ -37,7 +37,7 @@ class ThreatModel(Frozen):
     'linf'
     """
 
-    norm: Norm = Field("linf", description="linf bounds every pixel, l2 the length of the whole perturbation.")
+    norm: Norm = Field(default="linf", description="linf bounds every pixel, l2 the length of the whole perturbation.")
     eps: float = Field(description="Radius in the units of the images, which lie in [0, 1].")
 
     _read_eps = field_validator("eps", mode="before")(parse_eps)

@@ -47,7 +47,7 @@ class ImageData:
             raise InputError(f"{self.name}: images must have shape (N, C, H, W), got {tuple(self.x.shape)}.")
         if self.y.shape != (len(self.x),):
             raise InputError(
-                f"{self.name}: labels must have shape ({len(self.x)},) for {len(self.x)} images, got {tuple(self.y.shape)}."
+                f"{self.name}: {len(self.x)} images need labels of shape ({len(self.x)},), got {tuple(self.y.shape)}."
             )
         if len(self.x) == 0:
             raise InputError(f"{self.name}: there are no images.")
@@ -166,7 +166,9 @@ def as_data(data: Any, name: str = "data") -> ImageData:
         x, y = cast("tuple[Any, Any]", data)
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             return ImageData(x, y, name=name)
-        raise InputError(f"{name}: a pair must be two tensors (images, labels), got {type(x).__name__}, {type(y).__name__}.")
+        raise InputError(
+            f"{name}: a pair must be two tensors (images, labels), got {type(x).__name__}, {type(y).__name__}."
+        )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         items = [data[index] for index in range(len(data))]
         try:

@@ -3,6 +3,8 @@
 1,797 scans of digits by 43 people, reduced to 8x8 with 17 levels of grey.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -22,7 +24,7 @@ def load(split_seed: int = 0) -> Splits:
     """The stratified split of that seed."""
     from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32) / 16)[:, None]
     y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     whole = ImageData(x, y, 10, name="digits")

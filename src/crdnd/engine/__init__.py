@@ -1,0 +1,21 @@
+"""The engine: settings, one training step, the loop around it, checkpoints, and runs in their folders."""
+
+from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.loop import Listener, Progress
+from crdnd.engine.run import DataSource, Run, check_model, distill, make_objective, train
+from crdnd.engine.settings import Named, TrainSettings
+
+__all__ = [
+    "DataSource",
+    "Epoch",
+    "Listener",
+    "Named",
+    "Progress",
+    "Run",
+    "TrainSettings",
+    "Validation",
+    "check_model",
+    "distill",
+    "make_objective",
+    "train",
+]

@@ -1,7 +1,7 @@
 """Checkpoints: tensors in a safetensors file named by its step, and a JSON that points to it and holds the rest.
 
-The JSON is replaced last and in one go. A kill before that leaves the old JSON with the old tensors, a kill after it the
-new ones; there is no moment at which neither pair is whole. Nothing in either file is ever executed.
+The JSON is replaced last and in one go. A kill before that leaves the old JSON with the old tensors, a kill after it
+the new ones; there is no moment at which neither pair is whole. Nothing in either file is ever executed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ POINTER = "checkpoint.json"
 class Checkpoint(Frozen):
     """The document `crdnd.checkpoint/1`; its tensors lie in `file`."""
 
-    schema_: Literal["crdnd.checkpoint/1"] = Field("crdnd.checkpoint/1", alias="schema")
+    schema_: Literal["crdnd.checkpoint/1"] = Field(default="crdnd.checkpoint/1", alias="schema")
     file: str = ""
     sha256: str = ""
     step: int

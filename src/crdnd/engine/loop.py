@@ -1,7 +1,7 @@
 """The training run: epochs of steps, validation, checkpoints, and an exact resume.
 
-Order, augmentation and attack starts are pure functions of (seed, epoch, sample), the learning rate of the step. What a
-resume must bring back is therefore only: weights, optimiser, averages, the objective's state, the sums of the unfinished
+Order, augmentation and attack starts are pure functions of (seed, epoch, sample), the learning rate of the step. So
+all that a resume must bring back is: weights, optimiser, averages, the objective's state, the sums of the unfinished
 epoch, and torch's own generator (for modules such as dropout).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -177,7 +177,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             for parameter in self.student.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+                    parameter.grad = cast("Tensor", self.accelerator.reduce(parameter.grad, "mean"))
 
     def _note(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         """Add to the epoch's sums, on the device; look at them only as often as looking is free or due."""
@@ -213,16 +213,25 @@ class Trainer:
         self.sums, self.seconds = {}, 0.0
         for name in self.objective.summed if self.accelerator.num_processes > 1 else ():
             counted = self.objective.get_buffer(name)
-            counted.copy_(self.accelerator.reduce(counted, "sum"))
+            counted.copy_(cast("Tensor", self.accelerator.reduce(counted, "sum")))
         self.objective.end_epoch()
         self._report(entry)
 
     def _validate(self, epoch: int) -> Validation:
         validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
-        if self.best_epoch is None or _rank(validation) > _rank(self._best_validation()):
+        if self.best_epoch is None or self._rank(validation) > self._rank(self._best_validation()):
             self.best_epoch = epoch
             self.best = {key: value.detach().clone() for key, value in state(self.result).items()}
         return validation
+
+    def _rank(self, validation: Validation) -> tuple[int, int]:
+        """What `best` maximises: robust accuracy, then natural accuracy; the earlier epoch wins a tie.
+
+        A method that never meets an attack is judged by natural accuracy first: its robust accuracy only falls while it
+        learns, and would choose a network that has hardly begun.
+        """
+        robust, clean = validation.robust.correct, validation.clean.correct
+        return (robust, clean) if self.step_function.attack else (clean, robust)
 
     def _best_validation(self) -> Validation:
         assert self.best_epoch is not None  # noqa: S101
@@ -255,11 +264,12 @@ class Trainer:
         self._refuse_nan()
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
             raise RunError(
-                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is kept. "
-                "Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
+                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
+                "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
+                schema="crdnd.checkpoint/1",
                 step=self.step,
                 finished=self.finished,
                 seconds=self.seconds,
@@ -340,11 +350,6 @@ def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
             value.lerp_(new[key], 1 - decay)
         else:
             value.copy_(new[key])
-
-
-def _rank(validation: Validation) -> tuple[int, int]:
-    """What `best` maximises: robust accuracy, then natural accuracy; the earlier epoch wins a tie."""
-    return validation.robust.correct, validation.clean.correct
 
 
 def _random_states() -> dict[str, Tensor]:

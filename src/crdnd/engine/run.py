@@ -226,7 +226,9 @@ def _check_teacher(
     wanted = objective.needs | (INNER_LOSSES[attack.loss].needs if attack else frozenset())
     name = settings.objective.name
     if needs_teacher(wanted) and teacher is None:
-        raise InputError(f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`.")
+        raise InputError(
+            f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`."
+        )
     if not needs_teacher(wanted) and teacher is not None:
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
 
@@ -299,11 +301,13 @@ def _finish(
     load_tensors(best, trainer.best, f"{out}: best")
     models = {"best": best.eval(), "last": last.eval()}
     select = trainer.settings.select
-    other = "last" if select == "best" else "best"
+    other: Literal["best", "last"] = "last" if select == "best" else "best"
     if trainer.accelerator.is_main_process:
-        for label, folder in ((other, out / other), (select, out)):
+        folders: dict[Literal["best", "last"], Path] = {other: out / other, select: out}
+        for label, folder in folders.items():
             if not (reused and _is_model(folder)):
                 card = ModelCard(
+                    schema="crdnd.model/1",
                     method=trainer.settings.objective.name,
                     role=role,
                     seed=trainer.settings.seed,

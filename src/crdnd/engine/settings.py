@@ -32,28 +32,30 @@ class OptimizerSettings(Frozen):
     """The optimiser; its learning rate is the schedule's highest."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = Field(0.1, gt=0, description="Highest learning rate.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of SGD.")
-    nesterov: bool = Field(True, description="Of SGD.")
-    weight_decay: float = Field(5e-4, ge=0, description="On all parameters, as the field does.")
+    learning_rate: float = Field(default=0.1, gt=0, description="Highest learning rate.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of SGD.")
+    nesterov: bool = Field(default=True, description="Of SGD.")
+    weight_decay: float = Field(default=5e-4, ge=0, description="On all parameters, as the field does.")
 
 
 class ScheduleSettings(Frozen):
     """How the learning rate changes over the run."""
 
     name: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: tuple[float, ...] = Field((0.5, 0.75), description="step: where it drops, as fractions of the run.")
-    factor: float = Field(0.1, gt=0, lt=1, description="step: what it is multiplied by at each drop.")
-    warmup: float = Field(0.0, ge=0, lt=1, description="Part of the run over which it rises from 0.")
+    milestones: tuple[float, ...] = Field(
+        default=(0.5, 0.75), description="step: where it drops, as fractions of the run."
+    )
+    factor: float = Field(default=0.1, gt=0, lt=1, description="step: what it is multiplied by at each drop.")
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="Part of the run over which it rises from 0.")
 
 
 class Seeds(Frozen):
     """Separate seeds; each is the run's `seed` unless given."""
 
-    init: int | None = Field(None, description="Initial weights.")
-    order: int | None = Field(None, description="Order of the samples.")
-    augment: int | None = Field(None, description="Augmentation.")
-    attack: int | None = Field(None, description="Starts of the training attack.")
+    init: int | None = Field(default=None, description="Initial weights.")
+    order: int | None = Field(default=None, description="Order of the samples.")
+    augment: int | None = Field(default=None, description="Augmentation.")
+    attack: int | None = Field(default=None, description="Starts of the training attack.")
 
     def resolve(self, seed: int) -> "Seeds":
         """The same with every gap filled by `seed`."""
@@ -64,8 +66,8 @@ class AttackOverrides(Frozen):
     """What differs from the training attack that the method's paper names."""
 
     loss: Literal["ce", "margin", "kl_teacher", "trades"] | None = None
-    steps: int | None = Field(None, ge=1)
-    step: float | None = Field(None, gt=0, description="As a fraction of eps.")
+    steps: int | None = Field(default=None, ge=1)
+    step: float | None = Field(default=None, gt=0, description="As a fraction of eps.")
     start: Literal["none", "uniform", "gaussian"] | None = None
     mode: Literal["train", "eval"] | None = None
 
@@ -75,30 +77,42 @@ class TrainSettings(Frozen):
 
     objective: Named = Field(description="The method, and its settings.")
     threat: ThreatModel = Field(description="The adversary to withstand.")
-    attack: AttackOverrides = Field(AttackOverrides(), description="Changes to the method's own training attack.")
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(128, ge=2)
+    attack: AttackOverrides = Field(
+        default=AttackOverrides(), description="Changes to the method's own training attack."
+    )
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=128, ge=2)
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    clip_grad_norm: float | None = Field(None, gt=0, description="Largest norm of the whole gradient.")
-    ema: float | None = Field(None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result.")
+    clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
+    )
     augmentation: Augmentation = "none"
-    validate_every: int = Field(1, ge=1, description="Epochs between validations; the last epoch always has one.")
-    select: Literal["best", "last"] = Field("best", description="Which weights are the result; both are kept.")
-    select_on: Literal["validation"] = Field("validation", description="Where `best` is judged.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of training; validation is always in float32.")
+    validate_every: int = Field(
+        default=1, ge=1, description="Epochs between validations; the last epoch always has one."
+    )
+    select: Literal["best", "last"] = Field(default="best", description="Which weights are the result; both are kept.")
+    select_on: Literal["validation"] = Field(default="validation", description="Where `best` is judged.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Of training; validation is always in float32."
+    )
     seed: int = 0
     seeds: Seeds = Seeds()
     save_every_steps: int | None = Field(
-        None, ge=1, description="Save after every so many steps; by default at the end of an epoch, at most every 10 s."
+        default=None,
+        ge=1,
+        description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
     )
-    trackers: tuple[str, ...] = Field((), description="Experiment trackers of Accelerate, such as tensorboard.")
+    trackers: tuple[str, ...] = Field(default=(), description="Experiment trackers of Accelerate, such as tensorboard.")
 
     @field_validator("select_on", mode="before")
     @classmethod
     def _never_on_test(cls, value: Any) -> Any:
         if value == "test":
-            raise ValueError("choosing a checkpoint on test data is refused, its accuracy would be worthless; use validation.")
+            raise ValueError(
+                "choosing a checkpoint on test data is refused, its accuracy would be worthless; use validation."
+            )
         return value
 
 

@@ -27,8 +27,9 @@ def stop_requests() -> Generator[StopRequest]:
         return
 
     def note(number: int, _frame: FrameType | None) -> None:
-        request.exit_code = EXIT_CODES[signal.Signals(number)]
-        signal.signal(number, before[number])
+        received = signal.Signals(number)
+        request.exit_code = EXIT_CODES[received]
+        signal.signal(received, before[received])
 
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
     for number in before:

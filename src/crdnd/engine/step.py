@@ -56,7 +56,7 @@ class Step:
         views |= self._look("s", "nat", x, needs)
         if self.attack is not None:
             views |= self._look("s", "adv", x_adv, needs)  # pyright: ignore[reportPossiblyUnboundVariable]
-        v = Views(y, progress, **views)
+        v = Views(y, progress, views=views)
         return self.objective(v), v
 
     @property
@@ -72,7 +72,7 @@ class Step:
             with torch.no_grad():
                 at_x = teacher_views | self._look("s", "nat", x, inner.needs)
             return pgd(
-                lambda z: inner.loss(Views(y, **at_x, **self._look("s", "adv", z, inner.needs))),
+                lambda z: inner.loss(Views(y, views=at_x | self._look("s", "adv", z, inner.needs))),
                 x,
                 self.threat,
                 steps=attack.steps,

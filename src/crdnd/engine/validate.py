@@ -11,9 +11,7 @@ from crdnd.threat import ThreatModel
 
 # Cross-entropy alone would reward models whose logits are small, which are weak against every other attack.
 ATTACKS = {
-    f"validation_{loss.__name__}": TableAttack(
-        summary="", paper="", loss=loss, steps=10, step=0.25, start="uniform"
-    )
+    f"validation_{loss.__name__}": TableAttack(summary="", paper="", loss=loss, steps=10, step=0.25, start="uniform")
     for loss in (cross_entropy, margin)
 }
 

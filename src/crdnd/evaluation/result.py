@@ -52,7 +52,7 @@ class Row(Frozen):
 class Results(Frozen):
     """The document `crdnd.results/1`: rows that share one protocol, so that they may stand in one table."""
 
-    schema_: Literal["crdnd.results/1"] = Field("crdnd.results/1", alias="schema")
+    schema_: Literal["crdnd.results/1"] = Field(default="crdnd.results/1", alias="schema")
     protocol: Protocol
     rows: list[Row]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crdnd.attacks import adversarial, attack_names, load_attack, verdicts
 from crdnd.counts import Count
 from crdnd.data import as_data
-from crdnd.engine.run import check_model
+from crdnd.engine import check_model
 from crdnd.errors import InputError
 from crdnd.evaluation.result import Protocol, Results, Row
 from crdnd.models import Normalized, evaluating, parameter_count, weights_sha256

@@ -23,7 +23,7 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 class ModelCard(Frozen):
     """The document `crdnd.model/1`: what a model is and how it came to be."""
 
-    schema_: Literal["crdnd.model/1"] = Field("crdnd.model/1", alias="schema")
+    schema_: Literal["crdnd.model/1"] = Field(default="crdnd.model/1", alias="schema")
     sha256: str = ""
     """Of the weights file."""
     architecture: Architecture | None = None
@@ -46,7 +46,9 @@ class ModelCard(Frozen):
 def weights_bytes(model: nn.Module) -> bytes:
     """The model's state as a safetensors file; the same weights always give the same bytes."""
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    return safetensors.torch.save({key: value.detach().cpu().contiguous().clone() for key, value in state(model).items()})
+    return safetensors.torch.save(
+        {key: value.detach().cpu().contiguous().clone() for key, value in state(model).items()}
+    )
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -122,13 +124,14 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def build_architecture(architecture: Architecture) -> Normalized:
     """A model of this architecture with untrained weights."""
+    settings: dict[str, Any] = dict(architecture.settings)
     return create_model(
         architecture.name,
         input_shape=architecture.input_shape,
         num_classes=architecture.num_classes,
         mean=architecture.mean,
         std=architecture.std,
-        **architecture.settings,
+        **settings,
     )
 
 

@@ -17,7 +17,7 @@ class CNN(nn.Module):
     class Settings(Frozen):
         """The network's settings."""
 
-        width: int = Field(8, ge=1, description="Channels of the first convolution.")
+        width: int = Field(default=8, ge=1, description="Channels of the first convolution.")
 
     def __init__(self, channels: int, num_classes: int, settings: Settings) -> None:
         super().__init__()

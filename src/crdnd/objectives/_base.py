@@ -4,7 +4,7 @@ Views are named `<model>_<input>`: `s` student, `t` teacher; `nat` the natural i
 plain name holds logits (B, K), the name with `_features` the input of the last linear layer (B, D).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -29,7 +29,7 @@ class Views:
         views: the tensors, by name.
     """
 
-    def __init__(self, y: Tensor, progress: float = 0.0, **views: Tensor) -> None:
+    def __init__(self, y: Tensor, progress: float = 0.0, *, views: Mapping[str, Tensor]) -> None:
         self.y = y
         self.progress = progress
         self._views = views
@@ -66,15 +66,18 @@ class TrainingAttack(Frozen):
     """The inner maximisation of a training run."""
 
     loss: Literal["ce", "margin", "kl_teacher", "trades"] = Field(
-        "ce",
+        default="ce",
         description="ce: CE(S(x'), y). margin: max_{j != y} z_j - z_y. kl_teacher: KL(T(x) || S(x')). "
         "trades: KL(S(x) || S(x')).",
     )
-    steps: int = Field(10, ge=1, description="Ascent steps.")
-    step: float = Field(0.25, gt=0, description="Length of a step as a fraction of eps.")
-    start: Start = Field("uniform", description="none: at x. uniform: in the ball. gaussian: x + 0.001 N(0, 1).")
+    steps: int = Field(default=10, ge=1, description="Ascent steps.")
+    step: float = Field(default=0.25, gt=0, description="Length of a step as a fraction of eps.")
+    start: Start = Field(
+        default="uniform", description="none: at x. uniform: in the ball. gaussian: x + 0.001 N(0, 1)."
+    )
     mode: Literal["train", "eval"] = Field(
-        "eval", description="Mode of the student's batch norm while it is attacked; train also moves its statistics."
+        default="eval",
+        description="Mode of the student's batch norm while it is attacked; train also moves its statistics.",
     )
 
 
@@ -82,7 +85,9 @@ class ObjectiveSettings(Frozen):
     """What all methods have; each adds its own."""
 
     loss_scale: float = Field(
-        1.0, gt=0, description="Factor on the whole loss; 1/K where a paper's code averages its KL terms over classes."
+        default=1.0,
+        gt=0,
+        description="Factor on the whole loss; 1/K where a paper's code averages its KL terms over classes.",
     )
 
 
@@ -94,7 +99,7 @@ class Objective(nn.Module):
 
     Args:
         num_classes: K.
-        settings: values for `Settings` by name.
+        settings: values for `settings_class` by name.
     """
 
     paper: ClassVar[str]
@@ -103,14 +108,12 @@ class Objective(nn.Module):
     """The training attack of the paper; None trains on natural images alone."""
     summed: ClassVar[tuple[str, ...]] = ()
     """Buffers that are sums over samples; several processes add theirs up before `end_epoch`."""
-
-    class Settings(ObjectiveSettings):
-        """The method's settings."""
+    settings_class: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
 
     def __init__(self, num_classes: int, **settings: Any) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.settings = build(self.Settings, settings, where="objective")
+        self.settings = build(self.settings_class, settings, where="objective")
 
     def terms(self, v: Views) -> LossTerms:
         """The outer problem: weighted per-sample terms."""

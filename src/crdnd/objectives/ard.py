@@ -19,20 +19,21 @@ from crdnd.losses import cross_entropy, kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
 
 
+class Settings(ObjectiveSettings):
+    """ARD's settings."""
+
+    alpha: float = Field(default=1.0, ge=0, le=1, description="Weight of the distillation; the labels get 1 - alpha.")
+    tau: float = Field(default=30.0, gt=0, description="Temperature of both predictions (section 5 of the paper).")
+
+
 class ARD(Objective):
     """The student under attack imitates the teacher on the natural image."""
 
     paper = "Goldblum et al. 2020, arXiv 1905.09747"
     needs = frozenset({"s_nat", "s_adv", "t_nat"})
     attack = TrainingAttack(loss="ce", start="uniform", mode="train")
-
-    class Settings(ObjectiveSettings):
-        """ARD's settings."""
-
-        alpha: float = Field(1.0, ge=0, le=1, description="Weight of the distillation; the labels get 1 - alpha.")
-        tau: float = Field(30.0, gt=0, description="Temperature of both predictions (section 5 of the paper).")
-
     settings: Settings
+    settings_class = Settings
 
     def terms(self, v: Views) -> LossTerms:
         """(1 - alpha) CE(S(x), y) and alpha tau^2 KL(T_tau(x) || S_tau(x'))."""

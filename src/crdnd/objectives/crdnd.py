@@ -61,6 +61,35 @@ def contrast(similarity: Tensor, positive: Tensor, excluded: Tensor, *, with_pos
     return torch.logsumexp(similarity.masked_fill(excluded, -torch.inf), dim=1) - chosen
 
 
+class Settings(ObjectiveSettings):
+    """CRDND's settings."""
+
+    weight_nat: float = Field(
+        default=0.2, ge=0, le=1, description="lambda of the paper: weight of L_nat; L_adv gets the rest."
+    )
+    tau: float = Field(default=0.5, gt=0, description="Temperature of the contrast, on x and on x'.")
+    space: Literal["logits", "probabilities"] = Field(default="logits", description="What f stands for.")
+    centre: bool = Field(default=False, description="Subtract each prediction's mean over the classes first.")
+    denominator: Literal["with_positive", "without_positive"] = Field(
+        default="with_positive", description="Whether the positive pair stands in the denominator."
+    )
+    views: Literal["student_teacher", "natural_adversarial"] = Field(
+        default="student_teacher",
+        description="What the 2N runs over. student_teacher: both networks' predictions on one kind of image "
+        "(NT-Xent). natural_adversarial: one network's predictions on x and x', anchored at the other network's.",
+    )
+    sides: Literal["symmetric", "one_sided"] = Field(
+        default="symmetric", description="Anchors: both networks' predictions, or the teacher's alone as in equation 4."
+    )
+    acm: Literal["on", "off", "global"] = Field(
+        default="on", description="Compensation by class accuracies, none, or by one accuracy over all classes."
+    )
+    accuracy: Literal["previous_epoch", "running", "one"] = Field(
+        default="previous_epoch",
+        description="Where a_i comes from: the epoch before (1 in the first), this epoch so far, or always 1.",
+    )
+
+
 class CRDND(Objective):
     """Contrast between the compensated student's and the teacher's predictions, on x and on x'."""
 
@@ -68,34 +97,8 @@ class CRDND(Objective):
     needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
     attack = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
     summed = ("counts",)
-
-    class Settings(ObjectiveSettings):
-        """CRDND's settings."""
-
-        weight_nat: float = Field(0.2, ge=0, le=1, description="lambda of the paper: weight of L_nat; L_adv gets the rest.")
-        tau: float = Field(0.5, gt=0, description="Temperature of the contrast, on x and on x'.")
-        space: Literal["logits", "probabilities"] = Field("logits", description="What f stands for.")
-        centre: bool = Field(False, description="Subtract each prediction's mean over the classes first.")
-        denominator: Literal["with_positive", "without_positive"] = Field(
-            "with_positive", description="Whether the positive pair stands in the denominator."
-        )
-        views: Literal["student_teacher", "natural_adversarial"] = Field(
-            "student_teacher",
-            description="What the 2N runs over. student_teacher: both networks' predictions on one kind of image "
-            "(NT-Xent). natural_adversarial: one network's predictions on x and x', anchored at the other network's.",
-        )
-        sides: Literal["symmetric", "one_sided"] = Field(
-            "symmetric", description="Anchors: both networks' predictions, or the teacher's alone as in equation 4."
-        )
-        acm: Literal["on", "off", "global"] = Field(
-            "on", description="Compensation by class accuracies, none, or by one accuracy over all classes."
-        )
-        accuracy: Literal["previous_epoch", "running", "one"] = Field(
-            "previous_epoch",
-            description="Where a_i comes from: the epoch before (1 in the first), this epoch so far, or always 1.",
-        )
-
     settings: Settings
+    settings_class = Settings
     counts: Tensor
     previous: Tensor
 
@@ -176,9 +179,7 @@ class CRDND(Objective):
         excluded = torch.zeros_like(similarity, dtype=torch.bool)
         if own is not None:
             excluded.scatter_(1, own[:, None], True)
-        return contrast(
-            similarity, positive, excluded, with_positive=self.settings.denominator == "with_positive"
-        )
+        return contrast(similarity, positive, excluded, with_positive=self.settings.denominator == "with_positive")
 
 
 METHOD = CRDND

@@ -23,24 +23,25 @@ from crdnd.losses import kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
 
 
+class Settings(ObjectiveSettings):
+    """IAD's settings."""
+
+    beta: float = Field(default=0.1, ge=0, description="Exponent of the trust T_y(x')^beta (section 4 of the paper).")
+    warmup: float = Field(default=0.3, ge=0, le=1, description="Part of the run that trusts the teacher alone: 60/200.")
+    form: Literal["paper", "code"] = Field(default="paper", description="code: the teacher's term always has weight 1.")
+
+
 class IAD(Objective):
     """The teacher where it holds under the student's attack, the student's own natural prediction where not."""
 
     paper = "Zhu et al. 2022, arXiv 2106.04928"
     needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
     attack = TrainingAttack(loss="ce", start="uniform", mode="train")
-
-    class Settings(ObjectiveSettings):
-        """IAD's settings."""
-
-        beta: float = Field(0.1, ge=0, description="Exponent of the trust T_y(x')^beta (section 4 of the paper).")
-        warmup: float = Field(0.3, ge=0, le=1, description="Part of the run that trusts the teacher alone: 60/200.")
-        form: Literal["paper", "code"] = Field("paper", description="code: the teacher's term always has weight 1.")
-
     settings: Settings
+    settings_class = Settings
 
     def terms(self, v: Views) -> LossTerms:
-        """w KL(T(x) || S(x')) and (1 - w) KL(S(x) || S(x'))."""
+        """The teacher's term and the student's own."""
         trust = self.trust(v)
         weight = trust if self.settings.form == "paper" else 1.0
         return LossTerms(

@@ -19,19 +19,20 @@ from crdnd.losses import kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
 
 
+class Settings(ObjectiveSettings):
+    """RSLAD's settings."""
+
+    alpha: float = Field(default=5 / 6, ge=0, le=1, description="Weight of the adversarial term (section 4.1).")
+
+
 class RSLAD(Objective):
     """Robust soft labels in the attack and in both terms of the loss."""
 
     paper = "Zi et al. 2021, arXiv 2108.07969"
     needs = frozenset({"s_nat", "s_adv", "t_nat"})
     attack = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
-
-    class Settings(ObjectiveSettings):
-        """RSLAD's settings."""
-
-        alpha: float = Field(5 / 6, ge=0, le=1, description="Weight of the adversarial term (section 4.1).")
-
     settings: Settings
+    settings_class = Settings
 
     def terms(self, v: Views) -> LossTerms:
         """(1 - alpha) KL(T(x) || S(x)) and alpha KL(T(x) || S(x'))."""

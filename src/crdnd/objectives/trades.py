@@ -19,19 +19,20 @@ from crdnd.losses import cross_entropy, kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
 
 
+class Settings(ObjectiveSettings):
+    """TRADES' settings."""
+
+    beta: float = Field(default=6.0, ge=0, description="Weight of the divergence, 1/lambda in the paper (section 5).")
+
+
 class TRADES(Objective):
     """Natural cross-entropy plus the divergence that an attack can cause."""
 
     paper = "Zhang et al. 2019, arXiv 1901.08573"
     needs = frozenset({"s_nat", "s_adv"})
     attack = TrainingAttack(loss="trades", start="gaussian", mode="eval")
-
-    class Settings(ObjectiveSettings):
-        """TRADES' settings."""
-
-        beta: float = Field(6.0, ge=0, description="Weight of the divergence, 1/lambda in the paper (section 5).")
-
     settings: Settings
+    settings_class = Settings
 
     def terms(self, v: Views) -> LossTerms:
         """CE(S(x), y) and beta KL(S(x) || S(x'))."""

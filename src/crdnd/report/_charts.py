@@ -1,7 +1,7 @@
 """The report's charts as fragments of HTML; each needs plotly.js on the page."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -31,12 +31,24 @@ _STUDENTS = (
 _ATTACKS = tuple(f"{shape}-open" for shape in ("circle", "square", "triangle-up", "diamond", "pentagon", "star"))
 
 
+# The drawing area of the scatter plot on a wide screen, in pixels: names are placed for it.
+_WIDTH, _HEIGHT = 1080, 440
+
+
 def colours_of(lines: Sequence[Line], others: Iterable[str]) -> dict[str, str]:
-    """A colour for every line and for every other name, the same in all charts."""
-    colours = {line.label: _TEACHER for line in lines if line.row.role == "teacher"}
-    names = dict.fromkeys([*(line.label for line in lines), *others])
-    students = [name for name in names if name not in colours]
-    return colours | {name: _STUDENTS[index % len(_STUDENTS)] for index, name in enumerate(students)}
+    """Colours by method, the same in all charts; by label too, so that a teacher is told from a student of its method.
+
+    Args:
+        lines: the models of the results.
+        others: methods that occur elsewhere, perhaps without a line of their own.
+    """
+    students = [line for line in lines if line.row.role == "student"]
+    teachers = [line for line in lines if line.row.role == "teacher"]
+    taught = dict.fromkeys(line.row.method for line in students)
+    grey = {name: _TEACHER for line in teachers for name in (line.label, line.row.method) if name not in taught}
+    methods = [name for name in dict.fromkeys([*taught, *others]) if name not in grey]
+    coloured = {name: _STUDENTS[index % len(_STUDENTS)] for index, name in enumerate(methods)}
+    return grey | coloured | {line.label: coloured[line.row.method] for line in students}
 
 
 def clean_against_worst_case(lines: Sequence[Line], colours: Mapping[str, str]) -> Markup:
@@ -45,12 +57,11 @@ def clean_against_worst_case(lines: Sequence[Line], colours: Mapping[str, str]) 
 
     x_range = _range([line.row.clean for line in lines])
     y_range = _range([line.row.worst_case for line in lines])
-    # Positions in pixels on a wide screen, by which the names keep out of each other's way.
     places = _label_places(
         [
             (
-                1080 * (line.row.clean.percent - x_range[0]) / (x_range[1] - x_range[0]),
-                440 * (line.row.worst_case.percent - y_range[0]) / (y_range[1] - y_range[0]),
+                _WIDTH * (line.row.clean.percent - x_range[0]) / (x_range[1] - x_range[0]),
+                _HEIGHT * (line.row.worst_case.percent - y_range[0]) / (y_range[1] - y_range[0]),
                 line.label,
             )
             for line in lines
@@ -131,7 +142,9 @@ def attacks_on_one_line(lines: Sequence[Line], attacks: Sequence[str], colours: 
             )
         )
         # In the legend a symbol stands for an attack and no method's colour may suggest otherwise.
-        figure.add_trace(Scatter(x=[None], y=[None], mode="markers", marker={**marker, "color": _TEACHER}, name=_plain(name)))
+        figure.add_trace(
+            Scatter(x=[None], y=[None], mode="markers", marker={**marker, "color": _TEACHER}, name=_plain(name))
+        )
     figure.update_layout(height=110 + 36 * len(lines), xaxis_title="accuracy under attack (%)")
     figure.update_yaxes(
         categoryorder="array", categoryarray=[_plain(line.label) for line in lines], autorange="reversed"
@@ -144,35 +157,32 @@ def training_curves(histories: Mapping[str, Sequence[Epoch]], colours: Mapping[s
     from plotly.graph_objects import Scatter
     from plotly.subplots import make_subplots
 
-    titles = ("validation accuracy under attack (%)", "validation accuracy, clean (%)", "training loss")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.06)
-    validated = False
-    for name, history in histories.items():
-        style: dict[str, Any] = {
-            "name": _plain(name),
-            "legendgroup": name,
-            "line": {"color": colours[name], "width": 2},
-            "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.3~g}<extra></extra>",
-        }
-        points = [(epoch.epoch, epoch.validation) for epoch in history if epoch.validation]
-        validated = validated or bool(points)
-        epochs = [epoch for epoch, _ in points]
-        accuracies = ([v.robust.percent for _, v in points], [v.clean.percent for _, v in points])
-        for column, percent in enumerate(accuracies, start=1):
+    readings: dict[str, Callable[[Epoch], float | None]] = {
+        "validation accuracy under attack (%)": lambda epoch: epoch.validation and epoch.validation.robust.percent,
+        "validation accuracy, clean (%)": lambda epoch: epoch.validation and epoch.validation.clean.percent,
+        "training loss": lambda epoch: epoch.loss,
+    }
+    panels = {title: {name: _curve(h, read) for name, h in histories.items()} for title, read in readings.items()}
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.06)
+    for column, curves in enumerate(panels.values(), start=1):
+        for name, points in curves.items():
             figure.add_trace(
-                Scatter(x=epochs, y=percent, mode="lines+markers", marker_size=5, showlegend=False, **style),
+                Scatter(
+                    x=[epoch for epoch, _ in points],
+                    y=[value for _, value in points],
+                    # Few points are shown as such: a single one would have no line.
+                    mode="lines+markers" if len(points) < 30 else "lines",
+                    marker_size=5,
+                    line={"color": colours[name], "width": 2},
+                    name=_plain(name),
+                    legendgroup=name,
+                    # Every run has a loss, which is the last panel.
+                    showlegend=column == len(panels),
+                    hovertemplate="%{fullData.name}<br>epoch %{x}: %{y:.3~g}<extra></extra>",
+                ),
                 row=1,
                 col=column,
-            )
-        # A line of one epoch would be invisible.
-        mode = "lines" if len(history) > 1 else "lines+markers"
-        figure.add_trace(
-            Scatter(x=[e.epoch for e in history], y=[e.loss for e in history], mode=mode, **style), row=1, col=3
-        )
-    if not validated:
-        for column in (1, 2):
-            figure.add_annotation(
-                text="no validation", showarrow=False, xref="x domain", yref="y domain", x=0.5, y=0.5, row=1, col=column
             )
     figure.update_layout(height=400)
     figure.update_annotations(font_size=14)
@@ -180,10 +190,16 @@ def training_curves(histories: Mapping[str, Sequence[Epoch]], colours: Mapping[s
     return _fragment(figure, "chart-training", top=76)
 
 
+def _curve(history: Sequence[Epoch], read: Callable[[Epoch], float | None]) -> list[tuple[int, float]]:
+    values = [(epoch.epoch, read(epoch)) for epoch in history]
+    return [(epoch, value) for epoch, value in values if value is not None]
+
+
 def _range(counts: Sequence[Count]) -> tuple[float, float]:
-    """An axis that shows the intervals whole, in percent."""
+    """An axis in percent that shows the intervals whole and does not magnify a narrow one beyond two points."""
     ends = [end for count in counts for end in count.interval()]
-    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    span = max(ends) - min(ends)
+    margin = max(0.06 * span, (2 - span) / 2)
     return min(ends) - margin, max(ends) + margin
 
 
@@ -202,7 +218,11 @@ def _label_places(points: Sequence[tuple[float, float, str]]) -> list[str]:
             left = x + sides[horizontal] * width + {"left": -7, "center": 0, "right": 7}[horizontal]
             bottom = y + {"top": 7.0, "middle": -height / 2, "bottom": -7 - height}[vertical]
             boxes[f"{vertical} {horizontal}"] = (left, bottom, left + width, bottom + height)
-        free = [place for place, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        free = [
+            place
+            for place, box in boxes.items()
+            if box[0] >= 0 and box[2] <= _WIDTH and not any(_overlap(box, other) for other in taken)
+        ]
         place = free[0] if free else "top right"
         taken.append(boxes[place])
         places.append(place)
@@ -237,7 +257,11 @@ def _plain(text: str) -> str:
 
 def _fragment(figure: "Figure", name: str, top: int) -> Markup:
     """The figure in the style of the page, `top` pixels below its upper edge."""
-    grid = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.5)"}
+    grid: dict[str, Any] = {
+        "gridcolor": "rgba(128,128,128,0.22)",
+        "zeroline": False,
+        "linecolor": "rgba(128,128,128,0.5)",
+    }
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},

@@ -39,7 +39,7 @@ def _run(row: Row) -> tuple[str, str, str, int | None]:
 
 
 def _labels(rows: list[Row]) -> list[str]:
-    labels = [_label(row, [other for other in rows if other.method == row.method]) for row in rows]
+    labels = [_label(row, rows) for row in rows]
     times = Counter(labels)
     return [
         f"{label} #{row.model_sha256[:6]}" if times[label] > 1 else label
@@ -47,17 +47,15 @@ def _labels(rows: list[Row]) -> list[str]:
     ]
 
 
-def _label(row: Row, namesakes: list[Row]) -> str:
-    """The method and, where others share it, only that in which they differ."""
-    details = [
-        str(text)
-        for text, key in (
-            (row.role, "role"),
-            (row.model, "model"),
-            ("no seed" if row.seed is None else f"seed {row.seed}", "seed"),
-        )
-        if len({getattr(other, key) for other in namesakes}) > 1
-    ]
+def _label(row: Row, rows: list[Row]) -> str:
+    """The method and, where others share it, the least that tells them apart."""
+    details = ["teacher"] if row.role == "teacher" and row.method != "teacher" else []
+    namesakes = [other for other in rows if (other.method, other.role) == (row.method, row.role)]
+    for key, detail in (("model", row.model), ("seed", "no seed" if row.seed is None else f"seed {row.seed}")):
+        alike = [other for other in namesakes if getattr(other, key) == getattr(row, key)]
+        if len(alike) < len(namesakes):
+            details.append(detail)
+        namesakes = alike
     if row.checkpoint == "last":
         details.append("last checkpoint")
     return f"{row.method} ({', '.join(details)})" if details else row.method

@@ -104,51 +104,64 @@ def write_report(
 class _Column:
     title: str
     note: str
-    counts: list[Count | None]
-    """One for each line."""
-    best: set[int]
-    """The lines, by number, with the highest accuracy among the students."""
+    count: Callable[[Line], Count | None]
+    ranked: bool
+    """Whether more is better."""
+
+
+@dataclass(frozen=True)
+class _Cell:
+    count: Count | None
+    best: bool
+
+
+@dataclass(frozen=True)
+class _TableRow:
+    line: Line
+    cells: list[_Cell]
 
 
 @dataclass(frozen=True)
 class _Table:
-    lines: list[Line]
     columns: list[_Column]
+    rows: list[_TableRow]
 
 
 def _table(lines: list[Line], attacks: list[str]) -> _Table:
-    def column(title: str, count: Callable[[Line], Count | None], note: str = "", ranked: bool = True) -> _Column:
-        counts = [count(line) for line in lines]
-        return _Column(title, note, counts, _best(lines, counts) if ranked else set())
-
     columns = [
-        column("clean", lambda line: line.row.clean),
-        *(column(name, lambda line, name=name: line.row.attacks[name]) for name in attacks),
-        column("worst case", lambda line: line.row.worst_case),
+        _Column("clean", "", lambda line: line.row.clean, ranked=True),
+        *(_Column(name, "", lambda line, name=name: line.row.attacks[name], ranked=True) for name in attacks),
+        _Column("worst case", "", lambda line: line.row.worst_case, ranked=True),
     ]
     if "pgd_sat" in attacks:
-        columns.append(column("gap", _gap, note="pgd_sat − worst case", ranked=False))
+        columns.append(_Column("gap", "pgd_sat − worst case", _gap, ranked=False))  # noqa: RUF001
     if any(line.last for line in lines):
-        columns.append(column("last checkpoint", lambda line: line.last and line.last.worst_case, note="worst case"))
-    return _Table(lines, columns)
+        columns.append(_Column("last checkpoint", "worst case", _last_worst_case, ranked=True))
+    cells = [_cells(column, lines) for column in columns]
+    return _Table(columns, [_TableRow(line, [column[i] for column in cells]) for i, line in enumerate(lines)])
+
+
+def _cells(column: _Column, lines: list[Line]) -> list[_Cell]:
+    counts = [column.count(line) for line in lines]
+    students = [
+        count.percent for count, line in zip(counts, lines, strict=True) if count and line.row.role == "student"
+    ]
+    # The best of one would say nothing.
+    best = max(students) if column.ranked and len(students) > 1 else None
+    return [
+        _Cell(count, best=count is not None and line.row.role == "student" and count.percent == best)
+        for count, line in zip(counts, lines, strict=True)
+    ]
+
+
+def _last_worst_case(line: Line) -> Count | None:
+    return line.last.worst_case if line.last else None
 
 
 def _gap(line: Line) -> Count:
     """The samples right under pgd_sat and not in the worst case, which is a subset: a proportion like the others."""
     pgd, worst = line.row.attacks["pgd_sat"], line.row.worst_case
     return Count(correct=pgd.correct - worst.correct, n=pgd.n)
-
-
-def _best(lines: list[Line], counts: list[Count | None]) -> set[int]:
-    students = {
-        index: count.percent
-        for index, (line, count) in enumerate(zip(lines, counts, strict=True))
-        if count and line.row.role == "student"
-    }
-    # The best of one says nothing.
-    if len(students) < 2:
-        return set()
-    return {index for index, percent in students.items() if percent == max(students.values())}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def results_table(results: Results) -> Table:
     for name in ("clean", *protocol.attacks, "worst\ncase"):
         table.add_column(Text(_header(name)), justify="right", overflow="fold")
     if with_last:
-        table.add_column(Text("last\ncheck-\npoint"), justify="right", overflow="fold")
+        table.add_column(Text("last\nckpt"), justify="right", overflow="fold")
 
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         row = line.row
@@ -67,4 +67,4 @@ def _cell(count: Count) -> Text:
 
 
 def _last(line: Line) -> Text:
-    return Text(f"{line.last.worst_case.percent:.1f}" if line.last else "–")
+    return Text(f"{line.last.worst_case.percent:.1f}" if line.last else "-")
