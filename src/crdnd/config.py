@@ -2,7 +2,6 @@
 
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,16 +18,16 @@ class Frozen(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+def build(model: type[Model], values: Any, where: str = "") -> Model:
     """Make a settings object from plain values, or raise an InputError of one line.
 
     Args:
         model: the pydantic model to make.
-        values: the values by key, as a YAML file or keyword arguments give them.
+        values: usually a mapping, as a YAML file or keyword arguments give it.
         where: what the message puts before the key, such as "objective crdnd".
     """
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(_explain(model, first["loc"], first["type"], first["msg"], first["input"], where)) from None

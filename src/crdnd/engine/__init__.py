@@ -2,7 +2,7 @@
 
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.loop import Listener, Progress
-from crdnd.engine.run import DataSource, Run, check_model, distill, make_objective, train
+from crdnd.engine.run import DataSource, Run, check_model, distill, is_finished, load_history, make_objective, train
 from crdnd.engine.settings import Named, TrainSettings
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Validation",
     "check_model",
     "distill",
+    "is_finished",
+    "load_history",
     "make_objective",
     "train",
 ]

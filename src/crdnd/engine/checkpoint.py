@@ -19,7 +19,8 @@ from crdnd.errors import InputError
 from crdnd.io import atomic_write_bytes, atomic_write_text, read_json, sha256
 from crdnd.models import parse_tensors
 
-POINTER = "checkpoint.json"
+POINTER, SCHEMA = "checkpoint.json", "crdnd.checkpoint/1"
+WAY_OUT = "run again with --fresh to move it aside and start over"
 
 
 class Checkpoint(Frozen):
@@ -57,18 +58,28 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None
     Raises:
         InputError: a file is truncated or damaged; the message says what to do.
     """
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    file = folder / checkpoint.file
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {WAY_OUT}.") from None
+    if sha256(data) != checkpoint.sha256:
+        raise InputError(f"{file}: is truncated or damaged; {WAY_OUT}.")
+    return checkpoint, parse_tensors(data, file)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint without its tensors, or None where no step was saved yet."""
     pointer = folder / POINTER
     if not pointer.exists():
         return None
-    way_out = "run again with --fresh to move it aside and start over"
     try:
-        checkpoint = build(Checkpoint, read_json(pointer))
-        file = folder / checkpoint.file
-        data = file.read_bytes()
+        content = read_json(pointer)
+        if content.get("schema") != SCHEMA:
+            raise InputError(f"it has the format {content.get('schema')!r}, this version reads {SCHEMA}")
+        return build(Checkpoint, content)
     except InputError as error:
-        raise InputError(f"{pointer}: is not a readable checkpoint ({error}); {way_out}.") from None
-    except OSError as error:
-        raise InputError(f"{pointer}: its tensors cannot be read ({error.strerror}); {way_out}.") from None
-    if sha256(data) != checkpoint.sha256:
-        raise InputError(f"{file}: is truncated or damaged; {way_out}.")
-    return checkpoint, parse_tensors(data, file)
+        raise InputError(f"{pointer}: is not a readable checkpoint ({error}); {WAY_OUT}.") from None

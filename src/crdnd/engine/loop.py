@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from crdnd.data import Splits, augment
-from crdnd.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crdnd.engine.checkpoint import SCHEMA, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
@@ -269,7 +269,7 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
-                schema="crdnd.checkpoint/1",
+                schema=SCHEMA,
                 step=self.step,
                 finished=self.finished,
                 seconds=self.seconds,

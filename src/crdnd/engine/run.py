@@ -18,6 +18,7 @@ from torch import nn
 from crdnd import provenance
 from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
+from crdnd.engine.checkpoint import read_checkpoint
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import TrainSettings, differences
@@ -33,7 +34,7 @@ from crdnd.models import (
     state,
     weights_sha256,
 )
-from crdnd.objectives import INNER_LOSSES, Objective, TrainingAttack, load_objective, needs_teacher
+from crdnd.objectives import Objective, TrainingAttack, load_objective, needs_teacher
 
 log = logging.getLogger("crdnd")
 
@@ -214,7 +215,7 @@ def _run(
             evaluating(teacher) if teacher is not None else nullcontext(),
         ):
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
-            reused = _already_finished(out)
+            reused = is_finished(out)
             trainer.fit()
             accelerator.end_training()
         return _finish(trainer, identity, out, splits, role, reused=reused)
@@ -223,13 +224,12 @@ def _run(
 def _check_teacher(
     settings: TrainSettings, objective: Objective, attack: TrainingAttack | None, teacher: nn.Module | None
 ) -> None:
-    wanted = objective.needs | (INNER_LOSSES[attack.loss].needs if attack else frozenset())
-    name = settings.objective.name
-    if needs_teacher(wanted) and teacher is None:
+    name, wanted = settings.objective.name, needs_teacher(objective, attack)
+    if wanted and teacher is None:
         raise InputError(
             f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`."
         )
-    if not needs_teacher(wanted) and teacher is not None:
+    if not wanted and teacher is not None:
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
 
 
@@ -281,9 +281,16 @@ def _move_aside(out: Path) -> None:
     log.info("moved the old run to %s", aside)
 
 
-def _already_finished(out: Path) -> bool:
-    pointer = out / "checkpoint.json"
-    return pointer.exists() and bool(read_json(pointer).get("finished"))
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a run that was trained to its end."""
+    found = read_checkpoint(folder)
+    return found is not None and found.finished
+
+
+def load_history(folder: Path) -> tuple[Epoch, ...]:
+    """The epochs of the run in a folder, as far as they are saved."""
+    found = read_checkpoint(folder)
+    return found.history if found else ()
 
 
 def _finish(

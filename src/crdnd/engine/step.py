@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crdnd.attacks import pgd
 from crdnd.errors import InputError
 from crdnd.models import evaluating
-from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, View, Views, needs_teacher
+from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, Views, attack_needs, needs_teacher
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
 
@@ -36,7 +36,7 @@ class Step:
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __post_init__(self) -> None:
-        if self.teacher is None and needs_teacher(self.objective.needs | self._inner_needs):
+        if self.teacher is None and needs_teacher(self.objective, self.attack):
             raise InputError(f"{type(self.objective).__name__} needs a teacher; give one (--teacher).")
 
     def __call__(self, x: Tensor, y: Tensor, stream: Stream, progress: float) -> tuple[LossTerms, Views]:
@@ -49,7 +49,7 @@ class Step:
             progress: how much of the run is done, in [0, 1).
         """
         needs = self.objective.needs
-        views = self._look("t", "nat", x, needs | self._inner_needs)
+        views = self._look("t", "nat", x, needs | attack_needs(self.attack))
         if self.attack is not None:
             x_adv = self._attacked(self.attack, x, y, views, stream)
             views |= self._look("t", "adv", x_adv, needs)
@@ -58,10 +58,6 @@ class Step:
             views |= self._look("s", "adv", x_adv, needs)  # pyright: ignore[reportPossiblyUnboundVariable]
         v = Views(y, progress, views=views)
         return self.objective(v), v
-
-    @property
-    def _inner_needs(self) -> frozenset[View]:
-        return INNER_LOSSES[self.attack.loss].needs if self.attack else frozenset()
 
     def _attacked(
         self, attack: TrainingAttack, x: Tensor, y: Tensor, teacher_views: dict[str, Tensor], stream: Stream

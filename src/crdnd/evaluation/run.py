@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crdnd.attacks import adversarial, attack_names, load_attack, verdicts
 from crdnd.counts import Count
-from crdnd.data import as_data
+from crdnd.data import ImageData, as_data
 from crdnd.engine import check_model
 from crdnd.errors import InputError
 from crdnd.evaluation.result import Protocol, Results, Row
@@ -58,16 +58,15 @@ def evaluate(
         A document with one row. `worst_case` counts the samples that are right naturally and under every attack.
     """
     images = as_data(data)
+    protocol = make_protocol(images, threat, attacks, seed, split)
     check_model(model, images, "model")
-    if not attacks:
-        raise InputError(f"attacks: name at least one of {', '.join(attack_names())}.")
-    chosen = {name: load_attack(name) for name in attacks}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)
 
     clean = verdicts(model, images, batch_size=batch_size)
     survived: dict[str, Tensor] = {}
-    for name, attack in chosen.items():
+    for name in attacks:
+        attack = load_attack(name)
         if listener:
             listener(name)
         survived[name] = verdicts(
@@ -76,16 +75,6 @@ def evaluate(
             lambda x, y, ids, name=name, attack=attack: adversarial(model, attack, name, x, y, ids, threat, seed),
             batch_size=batch_size,
         )
-    protocol = Protocol(
-        data=images.name,
-        data_sha256=images.sha256,
-        split=split,
-        n=len(images),
-        norm=threat.norm,
-        eps=threat.eps,
-        attacks={name: attack.settings() for name, attack in chosen.items()},
-        seed=seed,
-    ).with_fingerprint()
     about = label or Label()
     row = Row(
         method=about.method,
@@ -101,6 +90,24 @@ def evaluate(
         model_sha256=weights_sha256(model),
     )
     return Results(schema="crdnd.results/1", protocol=protocol, rows=[row])
+
+
+def make_protocol(
+    data: ImageData, threat: ThreatModel, attacks: Sequence[str], seed: int = 0, split: str = "test"
+) -> Protocol:
+    """The protocol that `evaluate` follows with these arguments."""
+    if not attacks:
+        raise InputError(f"attacks: name at least one of {', '.join(attack_names())}.")
+    return Protocol(
+        data=data.name,
+        data_sha256=data.sha256,
+        split=split,
+        n=len(data),
+        norm=threat.norm,
+        eps=threat.eps,
+        attacks={name: load_attack(name).settings() for name in attacks},
+        seed=seed,
+    ).with_fingerprint()
 
 
 def worst_case(clean: Tensor, survived: Iterable[Tensor]) -> Tensor:

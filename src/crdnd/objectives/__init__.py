@@ -9,9 +9,8 @@ from crdnd.objectives._base import (
     TrainingAttack,
     View,
     Views,
-    needs_teacher,
 )
-from crdnd.objectives._inner import INNER_LOSSES, InnerLoss
+from crdnd.objectives._inner import INNER_LOSSES, InnerLoss, attack_needs, needs_teacher
 
 __all__ = [
     "INNER_LOSSES",
@@ -23,6 +22,7 @@ __all__ = [
     "TrainingAttack",
     "View",
     "Views",
+    "attack_needs",
     "load_objective",
     "needs_teacher",
     "objective_names",

@@ -4,7 +4,7 @@ Views are named `<model>_<input>`: `s` student, `t` teacher; `nat` the natural i
 plain name holds logits (B, K), the name with `_features` the input of the last linear layer (B, D).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -128,8 +128,3 @@ class Objective(nn.Module):
 
     def end_epoch(self) -> None:
         """Turn what the epoch's batches showed into the state that the next epoch uses."""
-
-
-def needs_teacher(views: Iterable[View]) -> bool:
-    """Whether any of the views looks at a teacher."""
-    return any(view.startswith("t_") for view in views)

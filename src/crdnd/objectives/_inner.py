@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crdnd.losses import cross_entropy, kl, margin
-from crdnd.objectives._base import View, Views
+from crdnd.objectives._base import Objective, TrainingAttack, View, Views
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,13 @@ INNER_LOSSES: dict[str, InnerLoss] = {
     "trades": InnerLoss(frozenset({"s_adv", "s_nat"}), lambda v: kl(v["s_nat"], v["s_adv"])),
 }
 """Keyed by `TrainingAttack.loss`."""
+
+
+def attack_needs(attack: TrainingAttack | None) -> frozenset[View]:
+    """The views that a training attack looks at."""
+    return INNER_LOSSES[attack.loss].needs if attack else frozenset()
+
+
+def needs_teacher(method: Objective | type[Objective], attack: TrainingAttack | None) -> bool:
+    """Whether a method with this training attack looks at a teacher."""
+    return any(view.startswith("t_") for view in method.needs | attack_needs(attack))

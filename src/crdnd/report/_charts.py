@@ -29,8 +29,6 @@ _STUDENTS = (
 )
 # Outlines, since equal accuracies lie on each other.
 _ATTACKS = tuple(f"{shape}-open" for shape in ("circle", "square", "triangle-up", "diamond", "pentagon", "star"))
-
-
 # The drawing area of the scatter plot on a wide screen, in pixels: names are placed for it.
 _WIDTH, _HEIGHT = 1080, 440
 
@@ -176,7 +174,7 @@ def training_curves(histories: Mapping[str, Sequence[Epoch]], colours: Mapping[s
                     marker_size=5,
                     line={"color": colours[name], "width": 2},
                     name=_plain(name),
-                    legendgroup=name,
+                    legendgroup=_plain(name),
                     # Every run has a loss, which is the last panel.
                     showlegend=column == len(panels),
                     hovertemplate="%{fullData.name}<br>epoch %{x}: %{y:.3~g}<extra></extra>",
@@ -212,6 +210,7 @@ def _label_places(points: Sequence[tuple[float, float, str]]) -> list[str]:
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
     places: list[str] = []
     for x, y, text in points:
+        # About what the font needs.
         width, height = 7.0 * len(text), 14.0
         boxes: dict[str, tuple[float, float, float, float]] = {}
         for vertical, horizontal in candidates:
@@ -268,7 +267,7 @@ def _fragment(figure: "Figure", name: str, top: int) -> Markup:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 56, "r": 16, "t": top, "b": 48},
-        # In pixels above the plot, whatever its height.
+        # At the upper edge of the figure, whatever its height.
         legend={"orientation": "h", "yref": "container", "y": 1, "x": 0, "yanchor": "top"},
         showlegend=True,
     )

@@ -15,33 +15,10 @@ from PIL import Image
 from crdnd.counts import Count
 from crdnd.engine.history import Epoch
 from crdnd.errors import InputError
-from crdnd.evaluation.result import Results
+from crdnd.evaluation import Example, Results
 from crdnd.io import atomic_write_text
 from crdnd.report import _charts
 from crdnd.report._lines import Line, lines_of
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GalleryItem:
-    """What one attack did to one sample and to one model's answer."""
-
-    method: str
-    """Whose answers these are, as the results call it."""
-    attack: str
-    sample: int
-    """The sample's number in its split."""
-    label: str
-    """The true class by name."""
-    natural: NDArray[np.floating]
-    """(C, H, W) in [0, 1], where C is 1 (grey) or 3 (colour)."""
-    adversarial: NDArray[np.floating]
-    """Like `natural`."""
-    predicted_natural: str
-    confidence_natural: float
-    """The softmax probability of `predicted_natural`, in [0, 1]."""
-    predicted_adversarial: str
-    confidence_adversarial: float
-    """The softmax probability of `predicted_adversarial`, in [0, 1]."""
 
 
 def write_report(
@@ -50,7 +27,7 @@ def write_report(
     title: str,
     results: Results,
     histories: Mapping[str, Sequence[Epoch]],
-    gallery: Sequence[GalleryItem],
+    gallery: Sequence[Example],
     notes: Sequence[str],
     command: str,
 ) -> None:
@@ -64,9 +41,14 @@ def write_report(
         gallery: attacked images to show, grouped by sample on the page; may be empty.
         notes: findings, one sentence or more each; may be empty.
         command: what to type to make this file again.
+
+    Raises:
+        InputError: there are no results, or an image has other than 1 or 3 channels; no file is written.
     """
     from plotly.offline import get_plotlyjs
 
+    if not results.rows:
+        raise InputError("results: there is no row to report.")
     lines = lines_of(results)
     attacks = list(results.protocol.attacks)
     histories = {name: history for name, history in histories.items() if history}
@@ -166,7 +148,7 @@ def _gap(line: Line) -> Count:
 
 @dataclass(frozen=True)
 class _Card:
-    item: GalleryItem
+    item: Example
     natural: str
     perturbation: str
     adversarial: str
@@ -174,7 +156,7 @@ class _Card:
     """The perturbation that black and white stand for, such as '0.100'."""
 
 
-def _card(item: GalleryItem) -> _Card:
+def _card(item: Example) -> _Card:
     natural, adversarial = item.natural.astype(np.float64), item.adversarial.astype(np.float64)
     delta = adversarial - natural
     scale = float(np.abs(delta).max())

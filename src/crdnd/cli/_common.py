@@ -1,0 +1,94 @@
+"""Options that several commands share, and how they show what is going on."""
+
+import json
+import logging
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from crdnd.engine import Listener, Progress
+
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe, such as objective.tau=1. Repeatable."),
+]
+DataOption = Annotated[str | None, typer.Option("--data", help="Data set; see `crdnd list datasets`.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Architecture of `crdnd list models`, or package.module:factory.")
+]
+ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="Method; see `crdnd list objectives`.")]
+EpsOption = Annotated[str | None, typer.Option("--eps", help="Radius of the attack in units of [0, 1]: 0.1, or 8/255.")]
+NormOption = Annotated[str | None, typer.Option("--norm", help="Norm of the attack: linf or l2.")]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
+OutOption = Annotated[str | None, typer.Option("--out", help="The run's folder.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Move what is in the folder aside and start over.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given, as nested settings: `threat__eps` stands for threat.eps."""
+    from crdnd.recipe import merge
+
+    layers: list[dict[str, Any]] = []
+    for name, value in options.items():
+        if value is not None:
+            nested: Any = value
+            for part in reversed(name.split("__")):
+                nested = {part: nested}
+            layers.append(nested)
+    return merge(*layers)
+
+
+def settings_of(recipe: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Recipe, then --set, then options: each wins over the one before."""
+    from crdnd.recipe import merge, parse_assignment, read_yaml
+
+    return merge(read_yaml(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
+
+
+def print_json(document: str | dict[str, Any]) -> None:
+    """The one document on standard output."""
+    print(document if isinstance(document, str) else json.dumps(document, indent=1), flush=True)
+
+
+@contextmanager
+def showing(name: str) -> Generator["Listener"]:
+    """Progress and the run's own messages on standard error while the body runs.
+
+    Yields:
+        A listener for the run. In a terminal it moves a bar; elsewhere the messages alone are printed, a line each.
+    """
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(file=sys.stderr)
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    log = logging.getLogger("crdnd")
+    log.addHandler(handler)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task(name, total=None)
+
+            def listen(progress: "Progress") -> None:
+                bar.update(task, completed=progress.step, total=progress.steps)
+
+            yield listen
+    finally:
+        log.removeHandler(handler)

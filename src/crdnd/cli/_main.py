@@ -1,0 +1,58 @@
+"""The entry point: commands, exit codes, and errors in one line."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from crdnd.errors import InputError, Interrupted, RunError
+
+app = typer.Typer(
+    name="crdnd",
+    help="Adversarially robust distillation: small image classifiers that stay right under attack.",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 the caller's mistake, 1 ours or the machine's, 130 Ctrl-C, 143 SIGTERM."""
+    from crdnd.cli import demo, doctor, evaluate, lists, train  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        result = app(args=arguments, prog_name="crdnd", standalone_mode=False)
+    except Interrupted as error:
+        return _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("stopped.", 130)
+    except InputError as error:
+        return _say(f"error: {error}", 2)
+    except RunError as error:
+        return _say(f"error: {error}", 1)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to tell it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Typer's usage errors come from click or from typer's own copy of it, depending on its version; both have this.
+        if not hasattr(error, "format_message"):
+            raise
+        return _say(f"error: {error.format_message()}", 2)  # pyright: ignore[reportAttributeAccessIssue]
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    print(" ".join(message.splitlines()), file=sys.stderr)
+    return code

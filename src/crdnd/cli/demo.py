@@ -1,0 +1,227 @@
+"""`crdnd demo`: a robust teacher, seven students of the same kind, four attacks, one report."""
+
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import Field
+
+from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
+from crdnd.cli._main import app
+from crdnd.config import Frozen, build
+from crdnd.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from crdnd.evaluation import Results
+    from crdnd.recipe import Recipe
+
+RESULTS, REPORT, EVALUATION = "results.json", "report.html", "evaluation.json"
+GALLERY_SAMPLES, GALLERY_ATTACK = 4, "cw_inf"
+
+
+class Demo(Frozen):
+    """The document `crdnd.demo/1`."""
+
+    schema_: Literal["crdnd.demo/1"] = Field(default="crdnd.demo/1", alias="schema")
+    shared: dict[str, Any]
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    students: dict[str, dict[str, Any]]
+    attacks: tuple[str, ...]
+
+
+@app.command("demo")
+def demo_command(
+    recipe: RecipeOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the report.")] = Path("runs/demo"),
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core.")] = None,
+    epochs: EpochsOption = None,
+    seed: SeedOption = None,
+    fresh: FreshOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a robust teacher and seven students on handwritten digits, attack them all, write a report.
+
+    Finished parts are reused; a stopped demo goes on where it was.
+
+    Examples:
+
+        crdnd demo
+
+        crdnd demo --epochs 5 --out runs/quick
+    """
+    from crdnd.recipe import make_recipe, merge, read_yaml
+
+    packaged = Path(__file__).with_name("demo.yaml")
+    source = recipe or packaged
+    demo = build(Demo, read_yaml(source), where=str(source))
+    changes = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    teacher = merge(demo.shared, demo.teacher, changes, {"role": "teacher", "out": str(out / "teacher")})
+    recipes = {"teacher": make_recipe(teacher, "teacher")}
+    for name, own in demo.students.items():
+        distilled = {"teacher": str(out / "teacher")} if _needs_teacher(name, own) else {}
+        values = merge(
+            demo.shared, demo.student, {"objective": name}, own, changes, distilled, {"out": str(out / name)}
+        )
+        recipes[name] = make_recipe(values, name)
+    _run(recipes, demo.attacks, out, jobs or min(os.cpu_count() or 1, len(recipes)), fresh=fresh, json=json)
+
+
+def _needs_teacher(name: str, own: Mapping[str, Any]) -> bool:
+    from crdnd.engine import Named
+    from crdnd.objectives import load_objective, needs_teacher
+    from crdnd.recipe import merge
+
+    method = load_objective(build(Named, merge({"objective": name}, own)["objective"]).name)
+    return needs_teacher(method, method.attack)
+
+
+def _run(
+    recipes: Mapping[str, "Recipe"], attacks: tuple[str, ...], out: Path, processes: int, *, fresh: bool, json: bool
+) -> None:
+    from rich.console import Console
+
+    from crdnd.cli._jobs import Job, run_jobs
+    from crdnd.engine import is_finished
+    from crdnd.evaluation import Results, combine
+    from crdnd.io import atomic_write_text, read_json
+    from crdnd.report import findings, results_table
+
+    reused = [] if fresh else [name for name in recipes if is_finished(out / name)]
+    work = [
+        Job(name, train_and_evaluate, (recipe, attacks, fresh), ("teacher",) if recipe.teacher else ())
+        for name, recipe in recipes.items()
+    ]
+    with _display(list(recipes), reused) as (on_step, on_done):
+        try:
+            threads = max(1, (os.cpu_count() or 1) // processes)
+            run_jobs(work, processes=processes, threads=threads, on_step=on_step, on_done=on_done)
+        except Interrupted as error:
+            message = f"stopped; everything is saved in {out}. The same command goes on from there."
+            raise Interrupted(message, error.exit_code) from None
+    results = combine([build(Results, read_json(out / name / EVALUATION)) for name in recipes])
+    atomic_write_text(out / RESULTS, results.to_json())
+    _write_report(results, recipes, out)
+    if json:
+        print_json(results.to_json().rstrip())
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(results_table(results))
+    for finding in findings(results):
+        console.print(f"- {finding}")
+    if reused:
+        console.print(f"Reused from before: {', '.join(reused)}. Start over with --fresh.")
+    console.print(f"Results: {out / RESULTS}\nReport:  {out / REPORT}")
+
+
+@contextmanager
+def _display(
+    names: Sequence[str], reused: Sequence[str]
+) -> Generator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """A bar for each run on standard error; without a terminal, a line for each run that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = {name: bars.add_task(name, total=None, start=False, state="waiting") for name in names}
+
+        def on_step(name: str, step: int, steps: int) -> None:
+            bars.start_task(tasks[name])
+            state = f"step {step} of {steps}" if step < steps else "attacking"
+            bars.update(tasks[name], completed=step, total=steps, state=state)
+
+        def on_done(name: str) -> None:
+            state = "reused" if name in reused else "done"
+            bars.update(tasks[name], completed=1, total=1, state=state)
+            bars.stop_task(tasks[name])
+            if not console.is_terminal:
+                print(f"{name}: {state}", file=sys.stderr, flush=True)
+
+        yield on_step, on_done
+
+
+def train_and_evaluate(
+    report: Callable[[int, int], None], recipe: "Recipe", attacks: tuple[str, ...], fresh: bool
+) -> None:
+    """One run of the demo, in a process of its own: train, attack both checkpoints, write `evaluation.json`."""
+    from crdnd.data import load_data
+    from crdnd.evaluation import Label, combine, evaluate, make_protocol
+    from crdnd.io import atomic_write_text
+    from crdnd.models import weights_sha256
+
+    test = load_data(recipe.data, recipe.split_seed).test
+    if test is None:
+        raise InputError(f"data {recipe.data}: has no test split.")
+    run = recipe.run(fresh=fresh, listener=lambda progress: report(progress.step, progress.steps))
+    report(1, 1)
+    other = "last" if recipe.select == "best" else "best"
+    models: dict[Literal["best", "last"], nn.Module] = {recipe.select: run.model, other: run.other}
+    target = run.folder / EVALUATION
+    fingerprint = make_protocol(test, recipe.threat, attacks).fingerprint
+    if _is_current(target, fingerprint, [weights_sha256(model) for model in models.values()]):
+        return
+    name = recipe.objective.name
+    results = [
+        evaluate(
+            model, test, threat=recipe.threat, attacks=attacks, label=Label(name, recipe.role, recipe.seed, checkpoint)
+        )
+        for checkpoint, model in models.items()
+    ]
+    atomic_write_text(target, combine(results).to_json())
+
+
+def _is_current(target: Path, fingerprint: str, sha256s: Sequence[str]) -> bool:
+    """Whether the results in `target` are of this protocol and these models."""
+    from crdnd.evaluation import Results
+    from crdnd.io import read_json
+
+    try:
+        results = build(Results, read_json(target))
+    except InputError:
+        return False
+    return results.protocol.fingerprint == fingerprint and [row.model_sha256 for row in results.rows] == list(sha256s)
+
+
+def _write_report(results: "Results", recipes: Mapping[str, "Recipe"], out: Path) -> None:
+    from crdnd.data import load_data
+    from crdnd.engine import load_history
+    from crdnd.evaluation import examples
+    from crdnd.models import load_model
+    from crdnd.provenance import command
+    from crdnd.report import findings, write_report
+
+    first = recipes["teacher"]
+    test = load_data(first.data, first.split_seed).test
+    assert test is not None, "every run was evaluated on it"  # noqa: S101
+    labels = {
+        name: f"{recipe.objective.name} (teacher)" if recipe.role == "teacher" else recipe.objective.name
+        for name, recipe in recipes.items()
+    }
+    write_report(
+        out / REPORT,
+        title="Small networks under attack",
+        results=results,
+        histories={label: load_history(out / name) for name, label in labels.items()},
+        gallery=examples(
+            {label: load_model(out / name) for name, label in labels.items()},
+            test,
+            first.threat,
+            GALLERY_ATTACK,
+            count=GALLERY_SAMPLES,
+        ),
+        notes=findings(results),
+        command=command(),
+    )

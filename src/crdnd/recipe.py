@@ -1,0 +1,110 @@
+"""Recipes: a run as a YAML file, `crdnd.recipe/1`. The commands turn their options into one before they do anything."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import Field
+
+from crdnd.config import build
+from crdnd.data import Splits, load_data
+from crdnd.engine import Listener, Named, Run, TrainSettings, distill, train
+from crdnd.errors import InputError
+from crdnd.models import create_model, resolve_model
+
+SCHEMA = "crdnd.recipe/1"
+
+
+class Recipe(TrainSettings):
+    """A training run with everything it needs, by name."""
+
+    schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema")
+    data: str = Field(default="digits", description="A named data set.")
+    split_seed: int = Field(default=0, description="Which split of the data.")
+    model: Named = Field(description="An architecture with its settings, or package.module:factory.")
+    teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
+    role: Literal["teacher", "student"] = "student"
+    out: str = Field(description="The run's folder.")
+
+    def run(self, *, fresh: bool = False, listener: Listener | None = None) -> Run:
+        """Do it, or go on with it, or return it if it is done."""
+        splits = load_data(self.data, self.split_seed)
+        model = self._build_model(splits)
+        own = {name: getattr(self, name) for name in TrainSettings.model_fields}
+        if self.teacher is not None:
+            return distill(model, splits, teacher=self.teacher, out=self.out, fresh=fresh, listener=listener, **own)
+        return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
+
+    def _build_model(self, splits: Splits) -> Any:
+        if ":" in self.model.name:
+            return resolve_model(self.model.name)
+        images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)
+        channels, height, width = splits.train.shape
+        return create_model(
+            self.model.name,
+            input_shape=(channels, height, width),
+            num_classes=splits.train.num_classes,
+            mean=[round(value, 4) for value in images.mean((0, 2, 3)).tolist()],
+            std=[round(value, 4) for value in images.std((0, 2, 3)).tolist()],
+            seed=self.seeds.resolve(self.seed).init or 0,
+            **self.model.settings,
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; whatever else is there is an InputError that names the line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold settings as `key: value`.")
+    return cast("dict[str, Any]", values)
+
+
+def make_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
+    """A recipe from plain values; a format of another version is refused in one line."""
+    found = values.get("schema", SCHEMA)
+    if found != SCHEMA:
+        raise InputError(f"{where or 'recipe'}: has the format {found!r}; this version reads {SCHEMA}.")
+    return build(Recipe, values, where)
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings on top of each other, the last one wins.
+
+    >>> merge({"threat": {"norm": "linf", "eps": 0.1}}, {"threat": {"eps": 0.2}})
+    {'threat': {'norm': 'linf', 'eps': 0.2}}
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            if isinstance(value, Mapping) and isinstance(below, str):
+                below = {"name": below}  # `objective: ard` below `objective: {tau: 1}`
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                merged[key] = merge(cast("Mapping[str, Any]", below), cast("Mapping[str, Any]", value))
+            else:
+                merged[key] = value
+    return merged
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """A `--set` option as a nested mapping; the value is read as YAML.
+
+    >>> parse_assignment("optimizer.learning_rate=0.05")
+    {'optimizer': {'learning_rate': 0.05}}
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {text}: write it as key=value, such as optimizer.learning_rate=0.05.")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {text}: the value cannot be read.") from None
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
