@@ -28,3 +28,12 @@ class Count(Frozen):
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        """Percentage, count and 95% interval.
+
+        >>> print(Count(correct=9, n=10))
+        90.0% (9/10) [59.6, 98.2]
+        """
+        low, high = self.interval()
+        return f"{self.percent:.1f}% ({self.correct}/{self.n}) [{low:.1f}, {high:.1f}]"
