@@ -1,7 +1,4 @@
-"""Write the table in README.md from results/demo.json; with --check only say whether it is up to date.
-
-python docs/readme_table.py [--check]
-"""
+"""Write the table in README.md from results/demo.json; with --check only say whether it is up to date."""
 
 import sys
 from pathlib import Path

@@ -94,7 +94,8 @@ class Trainer:
             self._precision,
         )
         self.seeds = settings.seeds.resolve(settings.seed)
-        self.batch_size = min(settings.batch_size, len(self.train_data))
+        processes = accelerator.num_processes
+        self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -198,7 +199,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         self._refuse_nan()
         epoch = self.step // self.steps_per_epoch
-        means = {name: (value / self.steps_per_epoch).item() for name, value in self.sums.items()}
+        sums = {name: cast("Tensor", self.accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
+        means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
         entry = Epoch(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from crdnd import provenance
@@ -26,6 +27,7 @@ from crdnd.errors import InputError
 from crdnd.io import atomic_write_text, exclusive, make_folder, read_json
 from crdnd.models import (
     ModelCard,
+    Normalized,
     evaluating,
     load_model,
     load_tensors,
@@ -196,17 +198,22 @@ def _run(
         raise InputError(f"the teacher has {found} classes and the student {num_classes}; they must agree.")
     objective, attack = make_objective(settings, num_classes)
     _check_teacher(settings, objective, attack, teacher)
+    teacher_sha256 = weights_sha256(teacher) if teacher is not None else None
     identity = {
-        "data": splits.sha256,
-        "teacher": weights_sha256(teacher) if teacher is not None else None,
-        "student": _shape_of(student),
+        "data": f"{splits.train.name} {splits.sha256[:16]}",
+        "teacher": teacher_sha256 and teacher_sha256[:16],
+        "model": _describe(student),
     }
+    accelerator = _accelerator(settings, out)
     make_folder(out)
-    with exclusive(out):
-        if fresh:
-            _move_aside(out)
+    # Of several processes the main one holds the folder; the others wait until it is open.
+    with exclusive(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            if fresh:
+                _move_aside(out)
+            _open_run(out, settings, identity)
+        accelerator.wait_for_everyone()
         threads = _open_run(out, settings, identity)
-        accelerator = _accelerator(settings, out)
         trainer = Trainer(student, teacher, objective, attack, splits, settings, out, accelerator, listener)
         with (
             _logged(out),
@@ -217,8 +224,11 @@ def _run(
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             reused = is_finished(out)
             trainer.fit()
-            accelerator.end_training()
-        return _finish(trainer, identity, out, splits, role, reused=reused)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
+        accelerator.wait_for_everyone()
+        return run
 
 
 def _check_teacher(
@@ -233,10 +243,11 @@ def _check_teacher(
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
 
 
-def _shape_of(model: nn.Module) -> str:
-    """A digest of names and shapes: what must agree for weights to fit."""
+def _describe(model: nn.Module) -> str:
+    """What the model is, and a digest of names and shapes: what must agree for weights to fit."""
     lines = [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in state(model).items()]
-    return f"{type(model).__name__} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
+    name = str(model.architecture) if isinstance(model, Normalized) else type(model).__name__
+    return f"{name} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
 
 def _open_run(out: Path, settings: TrainSettings, identity: dict[str, Any]) -> int:
@@ -295,7 +306,7 @@ def load_history(folder: Path) -> tuple[Epoch, ...]:
 
 def _finish(
     trainer: Trainer,
-    identity: Mapping[str, Any],
+    teacher_sha256: str | None,
     out: Path,
     splits: Splits,
     role: Literal["teacher", "student"],
@@ -322,7 +333,7 @@ def _finish(
                     data=splits.train.name,
                     class_names=splits.train.class_names,
                     threat=trainer.settings.threat,
-                    teacher_sha256=identity["teacher"],
+                    teacher_sha256=teacher_sha256,
                     command=provenance.command(),
                     versions=provenance.package_versions(),
                     commit=provenance.commit(),
@@ -341,12 +352,16 @@ def _is_model(folder: Path) -> bool:
 
 
 def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
-    try:
-        accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
-        if settings.trackers:
-            accelerator.init_trackers("crdnd", {})
-    except (ValueError, ImportError) as error:
-        raise InputError(f"trackers: {error}; pip install {' '.join(settings.trackers)}") from None
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in settings.trackers:
+        if name not in available:  # Accelerate itself would leave it out without a word
+            raise InputError(f"trackers: {name} is not installed or not known to Accelerate; pip install {name}")
+    accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
+    if settings.trackers:
+        accelerator.init_trackers("crdnd")
+    processes = accelerator.num_processes
+    if settings.batch_size % processes:
+        raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {processes} processes.")
     return accelerator
 
 
