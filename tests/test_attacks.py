@@ -1,11 +1,11 @@
 import importlib
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import BATCH, SHAPE, RankOneVictim, Recorder, TinyNet, generator, images
 from torch import nn
 
 from crdnd.attacks import TableAttack, adversarial, attack_names, load_attack, pgd, verdicts
@@ -14,6 +14,7 @@ from crdnd.errors import InputError
 from crdnd.losses import cross_entropy, margin
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
+from support import BATCH, SHAPE, RankOneVictim, Recorder, TinyNet, generator, images
 
 # The table of the conventions: steps, length of a step as a fraction of eps, start. pgd_trades moves 0.003 at eps
 # 8/255, and 0.003 * 255 / 8 = 0.095625.
@@ -67,8 +68,8 @@ def test_an_attack_looks_once_a_step_and_never_moves_further_than_its_step(name,
     steps, step, start = TABLE[name]
     x, y = images(), torch.tensor([0, 1, 2, 3, 4, 0])
     model = Recorder(TinyNet())
-    iterates = [*model.inputs, run(name, model, x, y, threat)]
-    iterates = [*model.inputs, iterates[-1]]
+    x_adv = run(name, model, x, y, threat)
+    iterates = [*model.inputs, x_adv]
     assert len(model.inputs) == steps
     if start == "none":
         assert torch.equal(iterates[0], x)
@@ -76,10 +77,10 @@ def test_an_attack_looks_once_a_step_and_never_moves_further_than_its_step(name,
         # The published start: uniform in the ball. Its law is tested with the threat model.
         assert torch.equal(iterates[0], threat.start(x, "uniform", Stream.of("test", 0, name, ids=IDS)))
         assert not torch.equal(iterates[0], x)
-    moves = torch.stack([threat.distance(b, a) for a, b in zip(iterates, iterates[1:], strict=False)])
+    moves = torch.stack([threat.distance(b, a) for a, b in itertools.pairwise(iterates)])
     assert (moves <= step * threat.eps + 1e-12).all()
-    # The first step starts somewhere with room to move: some sample makes it in full.
-    assert moves.max().item() == pytest.approx(step * threat.eps, rel=1e-9)
+    if threat.norm == "linf":  # some pixel has room for the full step in every step before the last ones
+        assert moves[0].min().item() == pytest.approx(step * threat.eps, rel=1e-9)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -133,15 +134,14 @@ def test_l2_attacks_follow_the_path_known_for_a_linear_model(name, classes):
         norm = np.linalg.norm(delta, axis=1, keepdims=True)
         delta = np.where(norm > L2.eps, delta * L2.eps / norm, delta)
     torch.testing.assert_close((x_adv - GREY).flatten(1), torch.from_numpy(delta), rtol=0, atol=1e-12)
-    # How much of the optimum <g, d> = eps is reached. The part of d across g never grows, and a projection from
-    # height h >= 0 on the sphere divides it by at least the factor by which it lengthens the rest. For one that
-    # starts across g the height after n steps is at least the smaller of n step eps - eps and what follows:
     along = (delta * unit).sum(1)
     assert (along > (start * unit).sum(1)).all()
-    assert (along > 0.8 * L2.eps).all()
     assert (along <= L2.eps + 1e-12).all()
-    if name != "pgd_trades":
-        assert (along > 0.99 * L2.eps).all(), "20 steps of eps/4 and more come within a hundredth of the optimum"
+    if step == 0.25:
+        # On the sphere, at an angle a from g, a step of s gives tan a' = sin a / (cos a + s) <= tan a / (1 + s). From
+        # a right angle that is 1 / s after one step and at most 4 * 1.25^-17 = 0.09 after 18; two steps are allowed
+        # for a start that leans away from g. cos(arctan(0.09)) = 0.996 of the optimum <g, d> = eps.
+        assert (along > 0.99 * L2.eps).all()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -152,9 +152,7 @@ def test_the_margin_attack_is_blind_to_the_scale_of_the_logits(scale):
         scaled.classifier.weight *= scale
         scaled.classifier.bias *= scale
     x, y = images(), torch.tensor([0, 1, 2, 3, 4, 0])
-    torch.testing.assert_close(
-        run("cw_inf", scaled, x, y, LINF), run("cw_inf", plain, x, y, LINF), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(run("cw_inf", scaled, x, y, LINF), run("cw_inf", plain, x, y, LINF), rtol=0, atol=1e-12)
 
 
 def independent_pgd(model, x, y, start, loss, threat, steps, step):

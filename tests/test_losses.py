@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BATCH, CLASSES, generator
 
 from crdnd.losses import cross_entropy, kl, margin
+from support import BATCH, CLASSES, generator
 
 LABELS = torch.tensor([0, 1, 4, 2, 3, 0])
 

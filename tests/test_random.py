@@ -112,7 +112,7 @@ def test_uniform_draws_are_uniform_on_the_half_open_interval(dtype, across):
     assert u.dtype == dtype
     assert u.min() >= 0
     assert u.max() < 1
-    # Mean 1/2 with standard error sqrt(1/12 / n); variance 1/12, whose estimate has a standard error of sqrt(1/180 / n).
+    # Mean 1/2 with standard error sqrt(1/12 / n); variance 1/12 with sqrt(1/180 / n).
     assert abs(u.double().mean() - 1 / 2) < 4 * math.sqrt(1 / 12 / MANY)
     assert abs(u.double().var() - 1 / 12) < 4 * math.sqrt(1 / 180 / MANY)
     assert ks(u) < KS_LIMIT

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support import generator
 
 from crdnd.config import build
 from crdnd.errors import InputError
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
+from support import generator
 
 MANY = 20_000
 KS_LIMIT = 1.95  # see test_random.py
@@ -249,7 +249,8 @@ def test_a_start_depends_on_its_stream_and_on_nothing_global(norm, kind):
 
 
 @pytest.mark.parametrize(
-    ("written", "value"), [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("0.1", 0.1), (0.1, 0.1), (0, 0.0), ("1e-2", 0.01)]
+    ("written", "value"),
+    [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("0.1", 0.1), (0.1, 0.1), (0, 0.0), ("1e-2", 0.01)],
 )
 def test_eps_is_read_as_people_write_it(written, value):
     assert ThreatModel(eps=written).eps == value

@@ -18,7 +18,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a kill at any moment, finds the old content or the new, never a part.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written; what stood at `path` before is untouched.
+        RunError: the disk is full; what stood at `path` before is untouched.
+        InputError: the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,7 +31,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     _sync_folder(path.parent)
 
 
@@ -44,7 +45,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,17 +76,18 @@ def exclusive(folder: Path) -> Generator[None]:
     except Timeout:
         raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out.") from None
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
+def cannot_write(path: Path, error: OSError) -> RunError | InputError:
+    """The error for a path that cannot be written: the machine's when the disk is full, else the caller's."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError(f"{path}: the disk is full; what was saved before is untouched. Free space and run again.")
-    return RunError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
 
 
 def _sync_folder(folder: Path) -> None:

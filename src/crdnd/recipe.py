@@ -47,7 +47,7 @@ class Recipe(TrainSettings):
             num_classes=splits.train.num_classes,
             mean=[round(value, 4) for value in images.mean((0, 2, 3)).tolist()],
             std=[round(value, 4) for value in images.std((0, 2, 3)).tolist()],
-            seed=self.seeds.resolve(self.seed).init or 0,
+            seed=self.seed_for("init"),
             **self.model.settings,
         )
 

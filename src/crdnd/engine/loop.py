@@ -93,7 +93,6 @@ class Trainer:
             settings.threat,
             self._precision,
         )
-        self.seeds = settings.seeds.resolve(settings.seed)
         processes = accelerator.num_processes
         self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
@@ -147,9 +146,13 @@ class Trainer:
         # Every process takes its share of the batch; draws are keyed by sample, so they do not depend on the share.
         ids = ids[self.accelerator.process_index :: self.accelerator.num_processes]
         x, y = self.train_data.batch(ids)
-        x = augment(x, self.settings.augmentation, Stream.of("augment", self.seeds.augment or 0, epoch, ids=ids))
+        x = augment(
+            x, self.settings.augmentation, Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
+        )
 
-        terms, views = self.step_function(x, y, Stream.of("train", self.seeds.attack or 0, epoch, ids=ids), progress)
+        terms, views = self.step_function(
+            x, y, Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids), progress
+        )
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
@@ -162,15 +165,15 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             self.objective.observe(views)
-        if self.averaged is not None:
-            _average(self.averaged, self.student, self.settings.ema or 0.0)
+        if self.averaged is not None and self.settings.ema is not None:
+            _average(self.averaged, self.student, self.settings.ema)
         self._note(loss, terms.terms)
         self.step += 1
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's order of the samples, int64 (N,); worked out once an epoch."""
         if self._order_of[0] != epoch:
-            self._order_of = epoch, permutation(len(self.train_data), "order", self.seeds.order or 0, epoch)
+            self._order_of = epoch, permutation(len(self.train_data), "order", self.settings.seed_for("order"), epoch)
         return self._order_of[1]
 
     def _share_gradients(self) -> None:

@@ -20,11 +20,12 @@ from crdnd import provenance
 from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import read_checkpoint
+from crdnd.engine.checks import check_networks
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import TrainSettings, differences
 from crdnd.errors import InputError
-from crdnd.io import atomic_write_text, exclusive, make_folder, read_json
+from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, read_json
 from crdnd.models import (
     ModelCard,
     Normalized,
@@ -131,39 +132,23 @@ def distill(
     return _run(student, frozen, data, settings, Path(out), fresh=fresh, role="student", listener=listener)
 
 
-def make_objective(settings: TrainSettings, num_classes: int) -> tuple[Objective, TrainingAttack | None]:
+def make_objective(
+    settings: TrainSettings, num_classes: int, *, with_teacher: bool
+) -> tuple[Objective, TrainingAttack | None]:
     """The method of these settings and the training attack it runs with."""
     name = settings.objective.name
-    method = load_objective(name)
+    objective = load_objective(name)(num_classes, **settings.objective.settings)
     changes = settings.attack.model_dump(exclude_none=True)
-    if method.attack is None:
-        if changes:
-            raise InputError(f"attack.{next(iter(changes))}: objective {name} trains without an attack.")
-        return method(num_classes, **settings.objective.settings), None
-    return method(num_classes, **settings.objective.settings), method.attack.model_copy(update=changes)
-
-
-def check_model(model: nn.Module, data: ImageData, what: str) -> int:
-    """Run a few images through a model and return how many classes it has, or say what is wrong with it."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
-    x = x.to(device)
-    with evaluating(model), torch.no_grad():
-        try:
-            logits: Any = model(x)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first}") from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")
-    if not bool(logits.isfinite().all()):
-        raise InputError(f"{what}: returns NaN or infinite logits on natural images.")
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        raise InputError(f"{what}: returns probabilities, but logits are needed; remove its softmax.")
-    if logits.shape[1] < data.num_classes:
-        raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")
-    return logits.shape[1]
+    if changes and objective.attack is None:
+        raise InputError(f"attack.{next(iter(changes))}: objective {name} trains without an attack.")
+    attack = objective.attack.model_copy(update=changes) if objective.attack else None
+    if needs_teacher(objective, attack) and not with_teacher:
+        raise InputError(
+            f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`."
+        )
+    if with_teacher and not needs_teacher(objective, attack):
+        raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
+    return objective, attack
 
 
 def as_splits(data: Any, seed: int) -> Splits:
@@ -193,16 +178,18 @@ def _run(
 ) -> Run:
     settings = build(TrainSettings, values)
     splits = as_splits(data, settings.seed)
-    num_classes = check_model(student, splits.train, "student" if teacher is not None else "model")
-    if teacher is not None and (found := check_model(teacher, splits.train, "teacher")) != num_classes:
-        raise InputError(f"the teacher has {found} classes and the student {num_classes}; they must agree.")
-    objective, attack = make_objective(settings, num_classes)
-    _check_teacher(settings, objective, attack, teacher)
+    num_classes = check_networks(student, teacher, splits.train)
+    objective, attack = make_objective(settings, num_classes, with_teacher=teacher is not None)
     teacher_sha256 = weights_sha256(teacher) if teacher is not None else None
     identity = {
         "data": f"{splits.train.name} {splits.sha256[:16]}",
         "teacher": teacher_sha256 and teacher_sha256[:16],
         "model": _describe(student),
+    }
+    # What runs, defaults filled in: a later version with another default must not go on as if nothing had changed.
+    chosen = settings.model_dump(mode="json") | {
+        "objective": {"name": settings.objective.name, **objective.settings.model_dump(mode="json")},
+        "attack": attack.model_dump(mode="json") if attack else None,
     }
     accelerator = _accelerator(settings, out)
     make_folder(out)
@@ -211,9 +198,9 @@ def _run(
         if accelerator.is_main_process:
             if fresh:
                 _move_aside(out)
-            _open_run(out, settings, identity)
+            _open_run(out, chosen, identity)
         accelerator.wait_for_everyone()
-        threads = _open_run(out, settings, identity)
+        threads = _open_run(out, chosen, identity)
         trainer = Trainer(student, teacher, objective, attack, splits, settings, out, accelerator, listener)
         with (
             _logged(out),
@@ -231,18 +218,6 @@ def _run(
         return run
 
 
-def _check_teacher(
-    settings: TrainSettings, objective: Objective, attack: TrainingAttack | None, teacher: nn.Module | None
-) -> None:
-    name, wanted = settings.objective.name, needs_teacher(objective, attack)
-    if wanted and teacher is None:
-        raise InputError(
-            f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`."
-        )
-    if not wanted and teacher is not None:
-        raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
-
-
 def _describe(model: nn.Module) -> str:
     """What the model is, and a digest of names and shapes: what must agree for weights to fit."""
     lines = [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in state(model).items()]
@@ -250,9 +225,8 @@ def _describe(model: nn.Module) -> str:
     return f"{name} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
 
-def _open_run(out: Path, settings: TrainSettings, identity: dict[str, Any]) -> int:
+def _open_run(out: Path, chosen: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
-    chosen = settings.model_dump(mode="json")
     if not (out / RUN).exists():
         threads = torch.get_num_threads()
         document = {
@@ -380,7 +354,11 @@ def _threads(count: int) -> Generator[None]:
 @contextmanager
 def _logged(out: Path) -> Generator[None]:
     """Write what happens to the run's own log."""
-    handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+    try:
+        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(out / "run.log", error) from error
+    handler.handleError = lambda record: None  # a full disk must not fill the terminal; saving will say so in one line
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)

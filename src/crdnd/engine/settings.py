@@ -57,10 +57,6 @@ class Seeds(Frozen):
     augment: int | None = Field(default=None, description="Augmentation.")
     attack: int | None = Field(default=None, description="Starts of the training attack.")
 
-    def resolve(self, seed: int) -> "Seeds":
-        """The same with every gap filled by `seed`."""
-        return Seeds(**{key: seed if value is None else value for key, value in self.model_dump().items()})
-
 
 class AttackOverrides(Frozen):
     """What differs from the training attack that the method's paper names."""
@@ -105,6 +101,11 @@ class TrainSettings(Frozen):
         description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
     )
     trackers: tuple[str, ...] = Field(default=(), description="Experiment trackers of Accelerate, such as tensorboard.")
+
+    def seed_for(self, purpose: Literal["init", "order", "augment", "attack"]) -> int:
+        """The seed of that purpose: its own, or the run's."""
+        own: int | None = getattr(self.seeds, purpose)
+        return self.seed if own is None else own
 
     @field_validator("select_on", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crdnd.attacks import pgd
 from crdnd.errors import InputError
 from crdnd.models import evaluating
-from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, Views, attack_needs, needs_teacher
+from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, Views, attack_needs
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
 
@@ -34,10 +34,6 @@ class Step:
     attack: TrainingAttack | None
     threat: ThreatModel
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
-
-    def __post_init__(self) -> None:
-        if self.teacher is None and needs_teacher(self.objective, self.attack):
-            raise InputError(f"{type(self.objective).__name__} needs a teacher; give one (--teacher).")
 
     def __call__(self, x: Tensor, y: Tensor, stream: Stream, progress: float) -> tuple[LossTerms, Views]:
         """The loss terms of a batch, ready for `backward`, and the views they came from.
@@ -83,7 +79,7 @@ class Step:
         if logits not in wanted and features not in wanted:
             return {}
         network = self.student if who == "s" else self.teacher
-        assert network is not None, "checked when the step was made"  # noqa: S101
+        assert network is not None, "make_objective refuses a method that looks at a missing teacher"  # noqa: S101
         # One precision context for each pass: autocast keeps its casts of the weights until the context ends, and those
         # made without gradients would silently serve a pass that needs them.
         with torch.set_grad_enabled(who == "s" and torch.is_grad_enabled()), self.precision():

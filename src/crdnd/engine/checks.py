@@ -1,0 +1,41 @@
+"""A look at networks before hours are spent on them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from crdnd.data import ImageData
+from crdnd.errors import InputError
+from crdnd.models import evaluating
+
+
+def check_model(model: nn.Module, data: ImageData, what: str) -> int:
+    """Run a few images through a model and return how many classes it has, or say what is wrong with it."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
+    x = x.to(device)
+    with evaluating(model), torch.no_grad():
+        try:
+            logits: Any = model(x)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first}") from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")
+    if not bool(logits.isfinite().all()):
+        raise InputError(f"{what}: returns NaN or infinite logits on natural images.")
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise InputError(f"{what}: returns probabilities, but logits are needed; remove its softmax.")
+    if logits.shape[1] < data.num_classes:
+        raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")
+    return logits.shape[1]
+
+
+def check_networks(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> int:
+    """Check both networks of a run and return how many classes they have."""
+    num_classes = check_model(student, data, "student" if teacher is not None else "model")
+    if teacher is not None and (found := check_model(teacher, data, "teacher")) != num_classes:
+        raise InputError(f"the teacher has {found} classes and the student {num_classes}; they must agree.")
+    return num_classes
