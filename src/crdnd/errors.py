@@ -12,8 +12,12 @@ class RunError(RuntimeError):
     """The run or the machine failed (a loss that is NaN, a full disk); nothing saved before is lost. Exit 1."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run after its state was saved. Exit 130 for Ctrl-C, 143 for SIGTERM."""
+class Interrupted(BaseException):
+    """A signal stopped the run after its state was saved. Exit 130 for Ctrl-C, 143 for SIGTERM.
+
+    No `Exception`, so that a caller's `except Exception` does not swallow the user's wish to stop; no
+    `KeyboardInterrupt`, because frameworks turn that into messages of their own.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from crdnd.engine.signals import stop_requests
 from crdnd.errors import InputError, Interrupted, RunError
@@ -40,7 +41,8 @@ class _Running:
     job: Job
     process: BaseProcess
     messages: Connection
-    failure: tuple[str, str] | None = field(default=None)
+    end: tuple[Any, ...] | None = None
+    """What the job ended with: ("done",), ("stopped", exit code), ("refused", why) or ("failed", why)."""
 
 
 def run_jobs(
@@ -102,12 +104,12 @@ def _work(job: Job, sender: Connection, threads: int) -> None:
     try:
         job.work(report, *job.arguments)
         sender.send(("done",))
-    except Interrupted:
-        sender.send(("stopped",))
+    except Interrupted as error:
+        sender.send(("stopped", error.exit_code))
     except InputError as error:
-        sender.send(("InputError", str(error)))
+        sender.send(("refused", str(error)))
     except RunError as error:
-        sender.send(("RunError", str(error)))
+        sender.send(("failed", str(error)))
     finally:
         sender.close()
         logging.shutdown()
@@ -116,31 +118,33 @@ def _work(job: Job, sender: Connection, threads: int) -> None:
 def _drained(entry: _Running, on_step: Callable[[str, int, int], None]) -> bool:
     """Read what a job has said; True when it has ended."""
     latest: tuple[int, int] | None = None
-    ended = False
-    while not ended and entry.messages.poll():
+    while entry.end is None and entry.messages.poll():
         try:
-            message = entry.messages.recv()
+            message: tuple[Any, ...] = entry.messages.recv()
         except EOFError:
-            entry.failure = entry.failure or ("RunError", f"{entry.job.name}: its process died")
-            ended = True
-            break
+            message = ("failed", "its process died")
         if message[0] == "step":
             latest = message[1], message[2]
         else:
-            ended = True
-            if message[0] != "done":
-                entry.failure = (message[0], f"{entry.job.name}: {message[1] if len(message) > 1 else 'stopped'}")
+            entry.end = message
     if latest is not None:
         on_step(entry.job.name, *latest)
-    return ended
+    return entry.end is not None
 
 
 def _join(entry: _Running) -> None:
+    """Wait for an ended job's process, and pass on what it ended with."""
     entry.process.join()
     entry.messages.close()
-    if entry.failure is not None:
-        kind, message = entry.failure
-        raise InputError(message) if kind == "InputError" else RunError(message)
+    match entry.end:
+        case ("stopped", int(exit_code)):
+            raise Interrupted("", exit_code)
+        case ("refused", message):
+            raise InputError(f"{entry.job.name}: {message}")
+        case ("failed", message):
+            raise RunError(f"{entry.job.name}: {message}")
+        case _:
+            return
 
 
 @contextmanager
