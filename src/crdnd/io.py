@@ -59,6 +59,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_verified(path: Path, expected_sha256: str, way_out: str) -> bytes:
+    """Read a file whose SHA-256 is known; an InputError with the way out if it is missing, cut short or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {way_out}.") from None
+    if sha256(data) != expected_sha256:
+        raise InputError(f"{path}: is truncated or damaged, its sha256 is not the recorded one; {way_out}.")
+    return data
+
+
 def sha256(data: bytes) -> str:
     """The SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import typer
 
+from crdnd.cli.demo import demo_command
+from crdnd.cli.doctor import doctor_command
+from crdnd.cli.evaluate import evaluate_command
+from crdnd.cli.lists import list_command
+from crdnd.cli.train import distill_command, train_command
 from crdnd.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
@@ -15,6 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("demo")(demo_command)
+app.command("train")(train_command)
+app.command("distill")(distill_command)
+app.command("evaluate")(evaluate_command)
+app.command("list")(list_command)
+app.command("doctor")(doctor_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -25,8 +36,6 @@ def _without_command(context: typer.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 the caller's mistake, 1 ours or the machine's, 130 Ctrl-C, 143 SIGTERM."""
-    from crdnd.cli import demo, doctor, evaluate, lists, train  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
     sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
 
 

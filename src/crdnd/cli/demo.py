@@ -11,7 +11,6 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
-from crdnd.cli._main import app
 from crdnd.config import Frozen, build
 from crdnd.errors import InputError, Interrupted
 
@@ -36,7 +35,6 @@ class Demo(Frozen):
     attacks: tuple[str, ...]
 
 
-@app.command("demo")
 def demo_command(
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the report.")] = Path("runs/demo"),

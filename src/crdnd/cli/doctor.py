@@ -9,7 +9,6 @@ from typing import Any
 import typer
 
 from crdnd.cli._common import JsonOption, print_json
-from crdnd.cli._main import app
 from crdnd.provenance import installed_version
 
 # distribution -> what it is for; the command that mends a gap installs the distribution
@@ -28,7 +27,6 @@ REQUIRED = {
 OPTIONAL = {"tensorboard": "trackers: [tensorboard]"}
 
 
-@app.command("doctor")
 def doctor_command(json: JsonOption = False) -> None:
     """Show versions, devices and threads, what is missing, and the command that mends it.
 

@@ -19,11 +19,9 @@ from crdnd.cli._common import (
     print_json,
     settings_of,
 )
-from crdnd.cli._main import app
 from crdnd.errors import InputError
 
 
-@app.command("evaluate")
 def evaluate_command(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A model folder, .safetensors or package.module:factory.")

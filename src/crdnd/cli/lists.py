@@ -5,11 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from crdnd.cli._common import JsonOption, print_json
-from crdnd.cli._main import app
 from crdnd.errors import InputError, did_you_mean
 
 
-@app.command("list")
 def list_command(
     kind: Annotated[str, typer.Argument(metavar="objectives|attacks|models|datasets", help="What to list.")],
     json: JsonOption = False,

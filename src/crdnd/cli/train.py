@@ -22,7 +22,6 @@ from crdnd.cli._common import (
     settings_of,
     showing,
 )
-from crdnd.cli._main import app
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ SaveOption = Annotated[
 ]
 
 
-@app.command("train")
 def train_command(
     recipe: RecipeOption = None,
     assignments: SetOption = None,
@@ -67,7 +65,6 @@ def train_command(
     _do(settings, fresh=fresh, json=json)
 
 
-@app.command("distill")
 def distill_command(
     recipe: RecipeOption = None,
     assignments: SetOption = None,

@@ -16,7 +16,7 @@ from torch import Tensor
 from crdnd.config import Frozen, build
 from crdnd.engine.history import Epoch
 from crdnd.errors import InputError
-from crdnd.io import atomic_write_bytes, atomic_write_text, read_json, sha256
+from crdnd.io import atomic_write_bytes, atomic_write_text, read_json, read_verified, sha256
 from crdnd.models import parse_tensors
 
 POINTER, SCHEMA = "checkpoint.json", "crdnd.checkpoint/1"
@@ -62,13 +62,7 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None
     if checkpoint is None:
         return None
     file = folder / checkpoint.file
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {WAY_OUT}.") from None
-    if sha256(data) != checkpoint.sha256:
-        raise InputError(f"{file}: is truncated or damaged; {WAY_OUT}.")
-    return checkpoint, parse_tensors(data, file)
+    return checkpoint, parse_tensors(read_verified(file, checkpoint.sha256, WAY_OUT), file)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:

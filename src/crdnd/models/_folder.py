@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crdnd.config import Frozen, build
 from crdnd.errors import InputError
-from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, read_json, sha256
+from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, read_json, read_verified, sha256
 from crdnd.models._base import Architecture, Normalized, create_model
 from crdnd.threat import ThreatModel
 
@@ -104,13 +104,8 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{path}: there is no such model.")
     card = read_card(path)
     file = path / WEIGHTS if path.is_dir() else path
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-    if sha256(data) != card.sha256:
-        raise InputError(f"{file}: is truncated or damaged: its sha256 is not the one in {CARD}.")
-    tensors = parse_tensors(data, file)
+    way_out = "run the command that made it again, or copy it again"
+    tensors = parse_tensors(read_verified(file, card.sha256, way_out), file)
     if model is None:
         if card.architecture is None:
             raise InputError(
