@@ -17,7 +17,7 @@ lint: $(VENV)/.developer
 	$(BIN)/ruff format --check
 
 types: $(VENV)/.developer
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/.developer
 	$(BIN)/pytest -n auto

@@ -53,8 +53,11 @@ def choices(name):
 
 
 FORMS = [
-    pytest.param(name, form, id=f"{name}-{form or 'default'}") for name in objective_names() for form in choices(name)
+    pytest.param(name, form, id="-".join([name, *map(str, form.values())]))
+    for name in objective_names()
+    for form in choices(name)
 ]
+ATTACKED = [name for name in objective_names() if load_objective(name).attack]
 
 
 def step_of(name, student, teacher=None, **changes):

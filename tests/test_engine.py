@@ -433,7 +433,7 @@ class TwoWeaknesses(nn.Module):
         # The runner-up is flat, so the margin has no slope; cross-entropy sees the third class and climbs.
         hidden = torch.stack([zero, zero - 1, 30 * s - 2], 1)
         # So sure that the slope of cross-entropy is exactly 0 in float32; the margin still has one.
-        saturated = torch.stack([zero + 150, 2500 * s, zero], 1)
+        saturated = torch.stack([zero + 150, 2500 * s, zero - 999], 1)
         solid = torch.stack([zero + 1, s, zero], 1)
         wrong = torch.stack([zero, zero + 1, zero], 1)
         chosen = torch.where((kind < 0.25)[:, None], hidden, torch.where((kind < 0.5)[:, None], saturated, solid))

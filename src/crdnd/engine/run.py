@@ -23,7 +23,7 @@ from crdnd.engine.checkpoint import read_checkpoint
 from crdnd.engine.checks import check_networks
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
-from crdnd.engine.settings import TrainSettings, differences
+from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.errors import InputError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, read_json
 from crdnd.models import (
@@ -41,7 +41,7 @@ from crdnd.objectives import Objective, TrainingAttack, load_objective, needs_te
 
 log = logging.getLogger("crdnd")
 
-RUN = "run.json"
+RUN, SCHEMA = "run.json", "crdnd.run/1"
 VALIDATION_PART = 0.15
 
 DataSource = str | Splits | ImageData | tuple[torch.Tensor, torch.Tensor] | MapDataset
@@ -186,11 +186,6 @@ def _run(
         "teacher": teacher_sha256 and teacher_sha256[:16],
         "model": _describe(student),
     }
-    # What runs, defaults filled in: a later version with another default must not go on as if nothing had changed.
-    chosen = settings.model_dump(mode="json") | {
-        "objective": {"name": settings.objective.name, **objective.settings.model_dump(mode="json")},
-        "attack": attack.model_dump(mode="json") if attack else None,
-    }
     accelerator = _accelerator(settings, out)
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
@@ -198,9 +193,9 @@ def _run(
         if accelerator.is_main_process:
             if fresh:
                 _move_aside(out)
-            _open_run(out, chosen, identity)
+            _open_run(out, settings, identity)
         accelerator.wait_for_everyone()
-        threads = _open_run(out, chosen, identity)
+        threads = _open_run(out, settings, identity)
         trainer = Trainer(student, teacher, objective, attack, splits, settings, out, accelerator, listener)
         with (
             _logged(out),
@@ -225,12 +220,24 @@ def _describe(model: nn.Module) -> str:
     return f"{name} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
 
-def _open_run(out: Path, chosen: Mapping[str, Any], identity: Mapping[str, Any]) -> int:
+def _resolved(settings: TrainSettings) -> dict[str, Any]:
+    """What really runs, the method's defaults filled in: another version may have others."""
+    method = load_objective(settings.objective.name)
+    own = build(method.settings_class, settings.objective.settings, where="objective")
+    attack = method.attack and method.attack.model_copy(update=settings.attack.model_dump(exclude_none=True))
+    return settings.model_dump(mode="json") | {
+        "objective": {"name": settings.objective.name, **own.model_dump(mode="json")},
+        "attack": attack.model_dump(mode="json") if attack else {},
+    }
+
+
+def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
+    chosen = _resolved(settings)
     if not (out / RUN).exists():
         threads = torch.get_num_threads()
         document = {
-            "schema": "crdnd.run/1",
+            "schema": SCHEMA,
             "settings": chosen,
             "identity": identity,
             "threads": threads,
@@ -242,7 +249,14 @@ def _open_run(out: Path, chosen: Mapping[str, Any], identity: Mapping[str, Any])
         atomic_write_text(out / RUN, json.dumps(document, indent=1) + "\n")
         return threads
     document = read_json(out / RUN)
-    changed = differences(document.get("settings", {}), chosen) + differences(document.get("identity", {}), identity)
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{out / RUN}: has the format {document.get('schema')!r}, this version reads {SCHEMA}. "
+            "Use --fresh to move it aside and start over, or choose another --out."
+        )
+    defaults = _resolved(TrainSettings(objective=Named(name=settings.objective.name), threat=settings.threat))
+    changed = differences(document.get("settings", {}), chosen, defaults)
+    changed += differences(document.get("identity", {}), identity, {})
     if changed:
         raise InputError(
             f"{out}: holds a run with other settings ({'; '.join(changed)}). "

@@ -136,9 +136,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """'key: old -> new' for every setting that differs."""
-    before, after = flatten(old), flatten(new)
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """'key: old -> new' for every setting that differs; one that an older version did not have was at its default."""
+    before, after = flatten(defaults) | flatten(old), flatten(new)
     keys = [*after, *(key for key in before if key not in after)]
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
