@@ -306,6 +306,13 @@ def test_a_random_start_depends_on_the_stream_and_on_the_sample(name):
     assert len(first.flatten(1).unique(dim=0)) == BATCH
 
 
+def test_the_gradient_of_a_sample_does_not_shrink_with_the_batch():
+    # A slope of 1e-44 is among the smallest numbers that float32 can hold; a mean over 50 samples would make it 0.
+    x = torch.full((50, 1, 2, 3), 0.5)
+    x_adv = pgd(lambda z: 1e-44 * z.flatten(1).sum(1), x, LINF, steps=1, step=1.0, start="none")
+    torch.testing.assert_close(x_adv, x + 0.1)
+
+
 class Shifted(nn.Module):
     """Predicts class 1 where the mean pixel exceeds 1/2; notes the modes it is used in."""
 

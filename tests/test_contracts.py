@@ -387,6 +387,26 @@ def test_the_adversarial_image_of_a_training_sample_does_not_depend_on_its_batch
     torch.testing.assert_close(torch.cat([found(slice(0, 2)), found(slice(2, 6))]), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", objective_names())
+def test_a_step_keeps_no_graph_of_what_is_only_compared_with(name):
+    looks = {"s": [], "t": []}
+
+    class Watched(TinyNet):
+        def __init__(self, who):
+            super().__init__()
+            self.who = who
+
+        def forward(self, x):
+            looks[self.who].append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    step_of(name, Watched("s"), Watched("t"))(images(), LABELS, Stream.of("test", ids=IDS), 0.9)
+    assert not any(looks["t"])
+    # TRADES' attack compares with S(x), which it looks at once and without a graph.
+    before = "s_nat" in attack_needs(load_objective(name).attack)
+    assert looks["s"] == [False] * before + [True] * (len(looks["s"]) - before)
+
+
 # --- the step's attack, by hand ---------------------------------------------------------------------------------------
 
 
@@ -486,6 +506,17 @@ def test_features_and_logits_of_one_network_on_one_input_cost_one_pass():
     _, v = Step(student, teacher, Both(CLASSES), None, THREAT)(images(), LABELS, Stream.of("t", ids=IDS), 0.0)
     assert (len(student.inputs), len(teacher.inputs)) == (1, 1)
     torch.testing.assert_close(student.model.classifier(v["s_nat_features"]), v["s_nat"])
+
+
+def test_features_are_those_of_the_last_of_several_linear_layers():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(84, 9), nn.ReLU(), nn.Linear(9, CLASSES)).double()
+    x = images()
+    with last_linear_input(net) as captured:
+        net(x)
+        net(x / 2)
+    assert len(captured) == 2, "one for each pass"
+    torch.testing.assert_close(captured[0], net[:3](x), rtol=0, atol=0)
+    torch.testing.assert_close(captured[1], net[:3](x / 2), rtol=0, atol=0)
 
 
 def test_a_network_without_a_linear_layer_has_no_features():

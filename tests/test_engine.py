@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import CLASSES, SHAPE, Recorder, TinyNet, images
 from torch import Tensor, nn
 
 from crdnd import ImageData, Splits, ThreatModel, create_model, distill, train
@@ -22,6 +21,9 @@ from crdnd.engine.settings import ScheduleSettings
 from crdnd.engine.validate import validate
 from crdnd.losses import cross_entropy, margin
 from crdnd.random import Stream, permutation
+from support import CLASSES, SHAPE, Recorder, TinyNet, images
+
+torch.set_num_threads(1)  # networks this small wait for their threads more than they compute
 
 THREAT = ThreatModel(norm="linf", eps=0.1)
 # 13 images in batches of 4: three steps an epoch, one image left out of each.

@@ -87,9 +87,10 @@ def test_a_child_is_unrelated_to_its_parent_and_its_siblings():
     draws = torch.stack([s.uniform((), torch.float64) for s in (parent, parent.child("a"), parent.child("b", 1))])
     correlations = torch.corrcoef(draws) - torch.eye(3, dtype=torch.float64)
     assert correlations.abs().max() < 4 / math.sqrt(MANY)
-    assert torch.equal(
-        parent.child("a").uniform(()), Stream.of("attack", ids=torch.arange(MANY)).child("a").uniform(())
-    )
+    streams = (Stream.of(name, ids=torch.arange(MANY)).child("a") for name in ("attack", "other"))
+    same, other = (stream.uniform((), torch.float64) for stream in streams)
+    assert torch.equal(same, draws[1])
+    assert abs(torch.corrcoef(torch.stack([other, draws[1]]))[0, 1].item()) < 4 / math.sqrt(MANY)
 
 
 def test_neighbouring_samples_and_elements_are_unrelated():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -18,6 +18,11 @@ KS_LIMIT = 1.95  # see test_random.py
 BATCH = 5
 SHAPES = [(1, 2, 3), (3, 2, 4), (7,)]
 NORMS = ("linf", "l2")
+
+
+def law(examples):
+    # Drawing is slow on a busy machine, and that is no fault of the law.
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def rounding(threat: ThreatModel) -> float:
@@ -62,7 +67,7 @@ def test_distance_is_the_norm_of_the_whole_perturbation_of_each_sample():
     assert ThreatModel(norm="linf", eps=0.1).distance(a, b).tolist() == [4.0, 0.5]
 
 
-@settings(max_examples=100, deadline=None)
+@law(100)
 @given(cases())
 def test_projection_is_legal_and_idempotent(case):
     threat, x, far = case
@@ -71,7 +76,7 @@ def test_projection_is_legal_and_idempotent(case):
     torch.testing.assert_close(threat.project(projected, x), projected, rtol=0, atol=rounding(threat))
 
 
-@settings(max_examples=100, deadline=None)
+@law(100)
 @given(cases(), st.floats(0, 0.999))
 def test_projection_leaves_legal_points_alone(case, part):
     threat, x, far = case
@@ -83,7 +88,7 @@ def test_projection_leaves_legal_points_alone(case, part):
     assert torch.equal(threat.project(x, x), x)
 
 
-@settings(max_examples=100, deadline=None)
+@law(100)
 @given(cases(norms=("linf",)))
 def test_linf_projection_is_the_nearest_legal_point(case):
     threat, x, far = case
@@ -93,7 +98,7 @@ def test_linf_projection_is_the_nearest_legal_point(case):
     torch.testing.assert_close(threat.project(far, x), nearest, rtol=0, atol=rounding(threat))
 
 
-@settings(max_examples=50, deadline=None)
+@law(50)
 @given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3))
 def test_l2_projection_scales_the_perturbation_where_the_box_does_not_bind(seed, scale):
     threat = ThreatModel(norm="l2", eps=0.5)
@@ -105,7 +110,7 @@ def test_l2_projection_scales_the_perturbation_where_the_box_does_not_bind(seed,
     torch.testing.assert_close(threat.project(x + delta, x), x + delta * expand(factor, x), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@law(100)
 @given(cases(), st.floats(0, 2), st.integers(-9, 9))
 def test_a_step_is_legal_and_no_longer_than_its_fraction_of_eps(case, step, magnitude):
     threat, x, far = case
@@ -129,13 +134,13 @@ def test_a_step_goes_along_the_steepest_direction_whatever_the_gradients_size(ma
     torch.testing.assert_close(l2, torch.tensor([[[[0.06, -0.08]]], [[[-0.1, 0.0]]]], dtype=torch.float64))
 
 
-@pytest.mark.xfail(strict=True, reason="in float32 the l2 norm of a gradient below about 1e-23 underflows to 0")
-def test_the_gradient_of_a_saturated_loss_still_gives_a_step_of_the_right_length():
-    # Cross-entropy with a margin of 60 has a gradient of about exp(-60) = 1e-26.
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-26, 1e30])
+def test_the_gradient_of_a_saturated_loss_still_gives_a_step_of_the_right_length(magnitude):
+    # Cross-entropy with a margin of 60 has a gradient of about exp(-60) = 1e-26, whose square float32 cannot hold.
     threat, x = ThreatModel(norm="l2", eps=0.4), torch.full((2, 1, 1, 2), 0.5)
-    gradient = 1e-26 * torch.tensor([[[[3.0, -4.0]]], [[[-1.0, 0.0]]]])
+    gradient = magnitude * torch.tensor([[[[3.0, -4.0]]], [[[-1.0, 0.0]]]])
     moved = threat.ascend(x, gradient, x, 0.25) - x
-    torch.testing.assert_close(moved, torch.tensor([[[[0.06, -0.08]]], [[[-0.1, 0.0]]]]))
+    torch.testing.assert_close(moved, torch.tensor([[[[0.06, -0.08]]], [[[-0.1, 0.0]]]]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -165,7 +170,7 @@ def test_a_sample_is_treated_the_same_in_any_batch(norm):
         assert torch.equal(start, threat.start(x[part], "uniform", Stream.of("s", ids=ids[part])))
 
 
-@settings(max_examples=50, deadline=None)
+@law(50)
 @given(cases(), st.sampled_from(["none", "uniform", "gaussian"]), st.integers(0, 10**6))
 def test_a_start_is_legal(case, kind, seed):
     threat, x, _ = case
@@ -220,7 +225,10 @@ def test_the_l2_start_is_uniform_in_the_ball(shape):
     # A uniform direction has mean 0, covariance I / d, and is independent of the radius.
     assert direction.mean(0).abs().max() < 4.5 / math.sqrt(d * MANY)
     assert (direction.T @ direction / MANY - torch.eye(d) / d).abs().max() < 5 / (d * math.sqrt(MANY)) * math.sqrt(2)
-    assert abs(torch.corrcoef(torch.stack([length, direction[:, 0]]))[0, 1]) < 4 / math.sqrt(MANY)
+    volume = (length / eps) ** d
+    for moment in (direction, direction.abs()):
+        related = torch.corrcoef(torch.cat([volume[None], moment.T]))[0, 1:]
+        assert related.abs().max() < 4.5 / math.sqrt(MANY)
 
 
 @pytest.mark.parametrize("norm", NORMS)

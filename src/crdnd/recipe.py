@@ -67,10 +67,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def make_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
     """A recipe from plain values; a format of another version is refused in one line."""
+    check_format(values, where)
+    return build(Recipe, values, where)
+
+
+def check_format(values: Mapping[str, Any], where: str = "") -> None:
+    """Refuse a recipe of another version."""
     found = values.get("schema", SCHEMA)
     if found != SCHEMA:
         raise InputError(f"{where or 'recipe'}: has the format {found!r}; this version reads {SCHEMA}.")
-    return build(Recipe, values, where)
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class ThreatModel(Frozen):
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step: float) -> Tensor:
         """One projected step of steepest ascent; `step` is a fraction of eps, so step and eps cannot be swapped."""
-        direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
+        direction = gradient.sign() if self.norm == "linf" else _unit(gradient)
         return self.project(x_adv + step * self.eps * direction, x)
 
     def start(self, x: Tensor, kind: Start, stream: Stream) -> Tensor:
@@ -85,11 +86,19 @@ class ThreatModel(Frozen):
         # A normal draw gives the direction; the radius law u^(1/d) makes the volume uniform, not the radius.
         direction = stream.child("direction").normal(shape, x.dtype)
         radius = stream.child("radius").uniform((1,) * len(shape), x.dtype) ** (1 / math.prod(shape))
-        return self.project(x + self.eps * radius * direction / _length(direction), x)
+        return self.project(x + self.eps * radius * _unit(direction), x)
 
     def __str__(self) -> str:
         """Such as 'linf eps=0.1'."""
         return f"{self.norm} eps={self.eps:.4g}"
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Each sample at l2 norm 1; zeros stay zeros. (B, ...) -> (B, ...)."""
+    # By the largest entry first: the squares of a saturated loss's gradient, 1e-26 and less, would all be 0 in float32.
+    largest = z.flatten(1).abs().amax(1).clamp(min=torch.finfo(z.dtype).tiny)
+    z = z / largest.reshape(-1, *(1,) * (z.ndim - 1))
+    return z / _length(z)
 
 
 def _length(delta: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def verdicts(
     ids = torch.arange(len(data), device=data.x.device) if ids is None else ids
     right: list[Tensor] = []
     with _true_float32():
-        for part in ids.split(batch_size):
+        for part in ids.split(batch_size) if len(ids) else ():
             x, y = data.batch(part)
             if attacked is not None:
                 x = attacked(x, y, part)
@@ -53,9 +54,17 @@ def verdicts(
 @contextmanager
 def _true_float32() -> Generator[None]:
     """TF32 off for the body: a verdict is judged in float32 whatever the training precision was."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (convolution, "allow_tf32", False)]
     try:
+        before = [getattr(owner, name) for owner, name, _ in flags]
+    except RuntimeError:  # the caller uses torch's newer flags, and the two kinds do not mix
+        flags = [(matmul, "fp32_precision", "ieee"), (convolution.conv, "fp32_precision", "ieee")]
+        before = [getattr(owner, name) for owner, name, _ in flags]
+    try:
+        for owner, name, off in flags:
+            setattr(owner, name, off)
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for (owner, name, _), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)

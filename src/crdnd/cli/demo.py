@@ -54,11 +54,14 @@ def demo_command(
 
         crdnd demo --epochs 5 --out runs/quick
     """
+    from crdnd.attacks import load_attack
     from crdnd.recipe import make_recipe, merge, read_yaml
 
     packaged = Path(__file__).with_name("demo.yaml")
     source = recipe or packaged
     demo = build(Demo, read_yaml(source), where=str(source))
+    for name in demo.attacks:
+        load_attack(name)  # a wrong name is said now, not after the training
     changes = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     teacher = merge(demo.shared, demo.teacher, changes, {"role": "teacher", "out": str(out / "teacher")})
     recipes = {"teacher": make_recipe(teacher, "teacher")}

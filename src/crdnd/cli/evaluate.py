@@ -55,8 +55,9 @@ def evaluate_command(
     from crdnd.config import Frozen, build
     from crdnd.data import load_data
     from crdnd.evaluation import TABLE_ATTACKS, Label, evaluate
-    from crdnd.io import atomic_write_text
+    from crdnd.io import atomic_write_text, make_folder
     from crdnd.models import ModelCard, read_card, resolve_model
+    from crdnd.recipe import check_format
     from crdnd.report.table import results_table
     from crdnd.threat import ThreatModel
 
@@ -76,6 +77,7 @@ def evaluate_command(
         attacks=attacks.split(",") if attacks else None,
     )  # fmt: skip
     values = settings_of(recipe, assignments, chosen)
+    check_format(values)
     if "model" not in values:
         raise InputError("MODEL: name the model to evaluate: a model folder, .safetensors or package.module:factory.")
     spec = str(values["model"])
@@ -86,6 +88,8 @@ def evaluate_command(
     test = load_data(settings.data, settings.split_seed).test
     if test is None:
         raise InputError(f"data {settings.data}: has no test split.")
+    if out is not None:
+        make_folder(out.parent)  # before the work, so that its result is not lost
     results = evaluate(
         network,
         test,
@@ -111,7 +115,11 @@ def _fill_from_card(values: dict[str, Any], card: Any) -> None:
         if not card.data:
             raise InputError("data: this model does not say what it was trained on; give --data.")
         values["data"] = card.data
+    if values["data"] == card.data:
+        values.setdefault("split_seed", card.split_seed)
     threat = values.get("threat", {})
+    if not isinstance(threat, dict):
+        return  # the settings say what is wrong with it
     if card.threat is not None:
         # A norm alone would silently keep an eps that means something else in it.
         if "norm" in threat and threat["norm"] != card.threat.norm and "eps" not in threat:

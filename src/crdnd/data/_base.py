@@ -62,6 +62,8 @@ class ImageData:
         classes = self.num_classes or high + 1
         if classes < 2:
             raise InputError(f"{self.name}: there is only one class; a classifier needs at least 2.")
+        if self.class_names and len(self.class_names) != classes:
+            raise InputError(f"{self.name}: class_names has {len(self.class_names)} names for {classes} classes.")
         object.__setattr__(self, "num_classes", classes)
         object.__setattr__(self, "class_names", self.class_names or tuple(str(i) for i in range(classes)))
         object.__setattr__(self, "y", self.y.to(torch.int64))
@@ -126,6 +128,8 @@ class Splits:
     train: ImageData
     validation: ImageData
     test: ImageData | None = None
+    split_seed: int = 0
+    """Which of a named set's splits this is."""
 
     @cached_property
     def sha256(self) -> str:
@@ -166,20 +170,28 @@ def as_data(data: Any, name: str = "data") -> ImageData:
         x, y = cast("tuple[Any, Any]", data)
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             return ImageData(x, y, name=name)
-        raise InputError(
-            f"{name}: a pair must be two tensors (images, labels), got {type(x).__name__}, {type(y).__name__}."
-        )
+        if isinstance(data, tuple):  # a list may also be a data set of two items
+            kinds = f"{type(x).__name__}, {type(y).__name__}"
+            raise InputError(f"{name}: a pair must be two tensors (images, labels), got {kinds}.")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        items = [data[index] for index in range(len(data))]
         try:
+            items = [data[index] for index in range(len(data))]
             x = torch.stack([item[0] for item in items])
-            y = torch.tensor([int(item[1]) for item in items])
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            y = torch.tensor([_integer(item[1]) for item in items])
+        except (TypeError, ValueError, RuntimeError, LookupError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): {error}"
+                f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): {first}"
             ) from None
         return ImageData(x, y, name=name)
     raise InputError(
         f"{name}: expected the name of a data set, a pair of tensors (images, labels) or a map-style data set, "
         f"got {type(data).__name__}."
     )
+
+
+def _integer(label: Any) -> int:
+    number = int(label)
+    if number != label:
+        raise ValueError(f"label {label} is not an integer")
+    return number

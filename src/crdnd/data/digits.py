@@ -29,4 +29,4 @@ def load(split_seed: int = 0) -> Splits:
     y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     whole = ImageData(x, y, 10, name="digits")
     train, validation, test = (whole.subset(ids) for ids in stratified(y, SIZES, "digits", split_seed))
-    return Splits(train, validation, test)
+    return Splits(train, validation, test, split_seed)

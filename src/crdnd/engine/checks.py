@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crdnd.data import ImageData
+from crdnd.data import ImageData, Splits
 from crdnd.errors import InputError
 from crdnd.models import evaluating
 
@@ -31,6 +31,19 @@ def check_model(model: nn.Module, data: ImageData, what: str) -> int:
     if logits.shape[1] < data.num_classes:
         raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")
     return logits.shape[1]
+
+
+def check_splits(splits: Splits) -> None:
+    """Validation data must look like the training data."""
+    train, validation = splits.train, splits.validation
+    if validation.shape != train.shape:
+        raise InputError(
+            f"validation images have shape {validation.shape}, training images {train.shape}; they must agree."
+        )
+    if validation.num_classes != train.num_classes:
+        raise InputError(
+            f"validation data has {validation.num_classes} classes, training data {train.num_classes}; they must agree."
+        )
 
 
 def check_networks(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> int:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from crdnd.data import Splits, augment
-from crdnd.engine.checkpoint import SCHEMA, Checkpoint, load_checkpoint, save_checkpoint
+from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
@@ -104,7 +104,6 @@ class Trainer:
         self.best_epoch: int | None = None
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.finished = False
         self._order_of = (-1, torch.empty(0))
         self._last_save = 0.0
 
@@ -130,9 +129,11 @@ class Trainer:
                 self._save_if_due(ends_epoch, request)
                 if self.listener:
                     self.listener(Progress(self.step, self.total_steps, self.history))
-            if not self.finished:
-                self.finished = True
-                self._save()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.total_steps
 
     @property
     def result(self) -> nn.Module:
@@ -256,9 +257,10 @@ class Trainer:
     def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
-        if request.exit_code is not None or (self.step % every == 0 if every else ends_epoch and late):
+        due = self.step % every == 0 if every else ends_epoch and late
+        if due or self.finished or request.exit_code is not None:
             self._save()
-        if request.exit_code is not None and self.step < self.total_steps:
+        if request.exit_code is not None and not self.finished:
             raise Interrupted(
                 f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
                 "The same command goes on from there.",
@@ -306,11 +308,10 @@ class Trainer:
         for name, value in tensors.items():
             part, _, key = name.partition("/")
             parts.setdefault(part, {})[key] = value
-        source = str(self.folder / checkpoint.file)
-        load_tensors(self.student, parts.get("student", {}), source)
-        if self.averaged is not None:
-            load_tensors(self.averaged, parts.get("averaged", {}), source)
-        load_tensors(self.objective, parts.get("objective", {}), source)
+        loaded = {"student": self.student, "averaged": self.averaged, "objective": self.objective}
+        for part, module in loaded.items():
+            if module is not None:
+                load_tensors(module, parts.get(part, {}), str(self.folder / checkpoint.file), WAY_OUT)
         device = self.accelerator.device
         self.best = {key: value.to(device) for key, value in parts.get("best", {}).items()}
         self.sums = {key: value.to(device) for key, value in parts.get("sums", {}).items()}
@@ -323,7 +324,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         _set_random_states(parts.get("random", {}))
         self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
-        self.seconds, self.finished = checkpoint.seconds, checkpoint.finished
+        self.seconds = checkpoint.seconds
         if not self.finished:
             log.info("going on from step %d of %d", self.step, self.total_steps)
 
@@ -349,12 +350,14 @@ def _optimizer(student: nn.Module, settings: OptimizerSettings) -> torch.optim.O
 @torch.no_grad()
 def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
     """averaged <- decay * averaged + (1 - decay) * student, batch-norm statistics included; counters are copied."""
-    own, new = state(averaged), state(student)
-    for key, value in own.items():
-        if value.is_floating_point():
-            value.lerp_(new[key], 1 - decay)
+    # By parameters and buffers, which name a shared tensor once; a state dict names tied weights twice.
+    own_tensors = [*averaged.parameters(), *averaged.buffers()]
+    new_tensors = [*student.parameters(), *student.buffers()]
+    for own, new in zip(own_tensors, new_tensors, strict=True):
+        if own.is_floating_point():
+            own.lerp_(new, 1 - decay)
         else:
-            value.copy_(new[key])
+            own.copy_(new)
 
 
 def _random_states() -> dict[str, Tensor]:

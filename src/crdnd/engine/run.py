@@ -19,8 +19,8 @@ from torch import nn
 from crdnd import provenance
 from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
-from crdnd.engine.checkpoint import read_checkpoint
-from crdnd.engine.checks import check_networks
+from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
+from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
@@ -30,7 +30,7 @@ from crdnd.models import (
     ModelCard,
     Normalized,
     evaluating,
-    load_model,
+    is_model_folder,
     load_tensors,
     resolve_model,
     save_model,
@@ -156,6 +156,7 @@ def as_splits(data: Any, seed: int) -> Splits:
     if isinstance(data, str):
         return load_data(data)
     if isinstance(data, Splits):
+        check_splits(data)
         return data
     whole = as_data(data)
     held_out = max(1, round(VALIDATION_PART * len(whole)))
@@ -190,9 +191,11 @@ def _run(
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
     with exclusive(out) if accelerator.is_main_process else nullcontext():
+        aside = None
         if accelerator.is_main_process:
             if fresh:
-                _move_aside(out)
+                aside = _move_aside(out)
+            _remove_torn_writes(out)
             _open_run(out, settings, identity)
         accelerator.wait_for_everyone()
         threads = _open_run(out, settings, identity)
@@ -203,6 +206,8 @@ def _run(
             torch.random.fork_rng(),
             evaluating(teacher) if teacher is not None else nullcontext(),
         ):
+            if aside:
+                log.info("moved the old run to %s", aside)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             reused = is_finished(out)
             trainer.fit()
@@ -235,6 +240,8 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
     chosen = _resolved(settings)
     if not (out / RUN).exists():
+        if (out / POINTER).exists():
+            raise InputError(f"{out}: holds a checkpoint, but {RUN} with its settings is missing; {WAY_OUT}.")
         threads = torch.get_num_threads()
         document = {
             "schema": SCHEMA,
@@ -248,11 +255,13 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -
         }
         atomic_write_text(out / RUN, json.dumps(document, indent=1) + "\n")
         return threads
-    document = read_json(out / RUN)
-    if document.get("schema") != SCHEMA:
+    try:
+        document = read_json(out / RUN)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}; {WAY_OUT}.") from None
+    if document.get("schema") != SCHEMA or not isinstance(document.get("settings"), dict):
         raise InputError(
-            f"{out / RUN}: has the format {document.get('schema')!r}, this version reads {SCHEMA}. "
-            "Use --fresh to move it aside and start over, or choose another --out."
+            f"{out / RUN}: has the format {document.get('schema')!r}, this version reads {SCHEMA}; {WAY_OUT}."
         )
     defaults = _resolved(TrainSettings(objective=Named(name=settings.objective.name), threat=settings.threat))
     changed = differences(document.get("settings", {}), chosen, defaults)
@@ -266,18 +275,24 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -
     return int(document.get("threads", torch.get_num_threads()))
 
 
-def _move_aside(out: Path) -> None:
-    """Move everything but the lock into `<out>.old-<n>`."""
+def _move_aside(out: Path) -> Path | None:
+    """Move everything but the lock into `<out>.old-<n>`, and say where that is; None where there was nothing."""
     content = [path for path in out.iterdir() if path.name != ".lock"]
     if not content:
-        return
+        return None
     number = 1
     while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
         number += 1
     make_folder(aside)
     for path in content:
         path.rename(aside / path.name)
-    log.info("moved the old run to %s", aside)
+    return aside
+
+
+def _remove_torn_writes(out: Path) -> None:
+    """Remove what a kill in the middle of a write left behind; nothing ever points to it."""
+    for torn in out.glob("**/.*.tmp"):
+        torn.unlink(missing_ok=True)
 
 
 def is_finished(folder: Path) -> bool:
@@ -304,14 +319,14 @@ def _finish(
     """Make the two models of a finished run and write their folders."""
     last = trainer.result
     best = copy.deepcopy(last)
-    load_tensors(best, trainer.best, f"{out}: best")
+    load_tensors(best, trainer.best, f"{out}: best", WAY_OUT)
     models = {"best": best.eval(), "last": last.eval()}
     select = trainer.settings.select
     other: Literal["best", "last"] = "last" if select == "best" else "best"
     if trainer.accelerator.is_main_process:
         folders: dict[Literal["best", "last"], Path] = {other: out / other, select: out}
         for label, folder in folders.items():
-            if not (reused and _is_model(folder)):
+            if not (reused and is_model_folder(folder)):
                 card = ModelCard(
                     schema="crdnd.model/1",
                     method=trainer.settings.objective.name,
@@ -319,6 +334,7 @@ def _finish(
                     seed=trainer.settings.seed,
                     checkpoint=label,
                     data=splits.train.name,
+                    split_seed=splits.split_seed,
                     class_names=splits.train.class_names,
                     threat=trainer.settings.threat,
                     teacher_sha256=teacher_sha256,
@@ -329,14 +345,6 @@ def _finish(
                 save_model(folder, models[label], card)
     assert trainer.best_epoch is not None, "the last epoch is always validated"  # noqa: S101
     return Run(out, models[select], models[other], trainer.settings, trainer.history, trainer.best_epoch, reused)
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        load_model(folder)
-    except InputError:
-        return False
-    return True
 
 
 def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:

@@ -4,6 +4,7 @@ from crdnd import registry
 from crdnd.models._base import Architecture, Normalized, create_model, evaluating, parameter_count
 from crdnd.models._folder import (
     ModelCard,
+    is_model_folder,
     load_model,
     load_tensors,
     parse_tensors,
@@ -20,6 +21,7 @@ __all__ = [
     "Normalized",
     "create_model",
     "evaluating",
+    "is_model_folder",
     "load_model",
     "load_tensors",
     "model_names",

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from crdnd import registry
@@ -22,6 +22,15 @@ class Architecture(Frozen):
     """(C, H, W)."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _plausible(self) -> "Architecture":
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.input_shape[0]:
+                raise ValueError(f"{name} has {len(values)} values for {self.input_shape[0]} channels.")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in every channel, got {self.std}.")
+        return self
 
     def __str__(self) -> str:
         """Such as 'cnn(width=8)'."""
@@ -71,14 +80,15 @@ def create_model(
     network_class = registry.load("models", name, "MODEL")
     chosen = build(network_class.Settings, settings, where=f"model {name}")
     channels = input_shape[0]
-    architecture = Architecture(
-        name=name,
-        settings=chosen.model_dump(),
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=tuple(mean or (0.0,) * channels),
-        std=tuple(std or (1.0,) * channels),
-    )
+    values = {
+        "name": name,
+        "settings": chosen.model_dump(),
+        "num_classes": num_classes,
+        "input_shape": input_shape,
+        "mean": tuple(mean or (0.0,) * channels),
+        "std": tuple(std or (1.0,) * channels),
+    }
+    architecture = build(Architecture, values, where=f"model {name}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = network_class(channels, num_classes, chosen)

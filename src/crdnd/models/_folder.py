@@ -18,6 +18,7 @@ from crdnd.models._base import Architecture, Normalized, create_model
 from crdnd.threat import ThreatModel
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
+WAY_OUT = "run the command that made it again, or copy it again"
 
 
 class ModelCard(Frozen):
@@ -35,6 +36,8 @@ class ModelCard(Frozen):
     seed: int | None = None
     checkpoint: Literal["best", "last"] | None = None
     data: str = ""
+    split_seed: int = 0
+    """Which split of the data it was trained on; the test images of another split may be among them."""
     class_names: tuple[str, ...] = ()
     threat: ThreatModel | None = None
     teacher_sha256: str | None = None
@@ -89,6 +92,15 @@ def read_card(path: Path) -> ModelCard:
     return build(ModelCard, content, where=str(file))
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a model whose weights are whole."""
+    try:
+        read_verified(folder / WEIGHTS, read_card(folder).sha256, WAY_OUT)
+    except InputError:
+        return False
+    return True
+
+
 def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a model, in eval mode.
 
@@ -104,8 +116,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{path}: there is no such model.")
     card = read_card(path)
     file = path / WEIGHTS if path.is_dir() else path
-    way_out = "run the command that made it again, or copy it again"
-    tensors = parse_tensors(read_verified(file, card.sha256, way_out), file)
+    tensors = parse_tensors(read_verified(file, card.sha256, WAY_OUT), file)
     if model is None:
         if card.architecture is None:
             raise InputError(
@@ -113,7 +124,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "call load_model(path, model=your_module)."
             )
         model = build_architecture(card.architecture)
-    load_tensors(model, tensors, str(file))
+    load_tensors(model, tensors, str(file), "load it into the architecture it was made with")
     return model.eval()
 
 
@@ -138,18 +149,18 @@ def parse_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file}: is not a readable safetensors file ({error}).") from None
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Put tensors into a model; names and shapes must agree exactly."""
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str, way_out: str) -> None:
+    """Put tensors into a model; names and shapes must agree exactly, or an InputError names the source and way out."""
     own = state(model)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         detail = f"{len(missing)} missing, such as {missing[0]}" if missing else f"unexpected {unexpected[0]}"
-        raise InputError(f"{source}: belongs to another architecture ({detail}).")
+        raise InputError(f"{source}: belongs to another architecture ({detail}); {way_out}.")
     for key, value in own.items():
         if value.shape != tensors[key].shape:
             raise InputError(
                 f"{source}: belongs to another architecture "
-                f"({key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)})."
+                f"({key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}); {way_out}."
             )
     with torch.no_grad():
         for key, value in own.items():
@@ -168,8 +179,10 @@ def resolve_model(spec: str) -> nn.Module:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's module usually lies here
     try:
         factory: Any = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{spec}: cannot be imported ({error}).") from None
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise InputError(f"{spec}: must be a function that returns the model, got {type(factory).__name__}.")
     model = factory()
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}.")
