@@ -70,6 +70,7 @@ def test_the_same_seed_gives_the_same_split_and_another_seed_another(digits):
         assert torch.equal(getattr(again, part).x, first.x)
         assert torch.equal(getattr(again, part).y, first.y)
         assert set(rows(getattr(other, part))) != set(rows(first))
+    assert (digits.split_seed, other.split_seed) == (0, 1)
     assert again.sha256 == digits.sha256
     assert other.sha256 != digits.sha256
     assert other.test.sha256 != digits.test.sha256

@@ -16,6 +16,7 @@ from crdnd.models import (
     Normalized,
     create_model,
     evaluating,
+    is_model_folder,
     load_model,
     model_names,
     parameter_count,
@@ -411,6 +412,21 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused_and_never_run(folder,
     # The payload is a real one: unpickled, it runs.
     pickle.loads(pickle.dumps(Payload(proof)))  # noqa: S301
     assert proof.exists()
+
+
+def test_a_folder_is_a_models_only_while_its_weights_are_whole(folder, tmp_path):
+    assert is_model_folder(folder)
+    assert not is_model_folder(tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert not is_model_folder(folder)
+    file.unlink()
+    assert not is_model_folder(folder)
+    file.write_bytes(whole)
+    assert is_model_folder(folder)
+    (folder / "model.json").unlink()
+    assert not is_model_folder(folder)
 
 
 # --- modules of the user's own ----------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def test_a_stopped_command_says_how_to_go_on(number, code, tmp_path, monkeypatch
     shown, said = capsys.readouterr()
     assert ended.value.code == code
     assert not shown
-    message = f"stopped at step 4 of 96; everything is saved in {out}. The same command goes on from there."
+    message = f"stopped at step 3 of 96; everything is saved in {out}. The same command goes on from there."
     assert said.splitlines()[-1] == message
 
 

@@ -178,7 +178,7 @@ def as_data(data: Any, name: str = "data") -> ImageData:
             items = [data[index] for index in range(len(data))]
             x = torch.stack([item[0] for item in items])
             y = torch.tensor([_integer(item[1]) for item in items])
-        except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): {first}"
