@@ -152,6 +152,10 @@ def test_draws_of_torch_and_numpy_are_left_to_the_users_own_modules():
     assert not places(*drawing, "random.random", "random.shuffle", "np.random.default_rng")
 
 
+def test_the_types_of_the_package_are_there_for_its_users():
+    assert (PACKAGE / "py.typed").exists()
+
+
 def test_the_public_names_are_about_a_dozen_and_documented():
     assert len(crdnd.__all__) <= 16
     assert dir(crdnd) == sorted(crdnd.__all__)

@@ -205,6 +205,16 @@ def test_nothing_of_a_torn_write_is_left_when_the_run_is_done(alone, tmp_path):
     assert len(list(out.glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.xfail(strict=True, reason="torn writes are looked for in every folder below, those of other runs included")
+def test_a_run_removes_torn_writes_of_its_own_only(tmp_path):
+    inner = tmp_path / "run" / "student"
+    inner.mkdir(parents=True)
+    others = inner / ".checkpoint-00000002.safetensors.123.tmp"
+    others.write_text("another run is writing this")
+    go("ard", tmp_path / "run")
+    assert others.exists()
+
+
 class StopError(Exception):
     """What a listener may raise."""
 
