@@ -258,13 +258,14 @@ class Trainer:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
         due = self.step % every == 0 if every else ends_epoch and late
-        if due or self.finished or request.exit_code is not None:
+        stop = request.exit_code  # looked at once: a signal between two looks would end the run without a save
+        if due or self.finished or stop is not None:
             self._save()
-        if request.exit_code is not None and not self.finished:
+        if stop is not None and not self.finished:
             raise Interrupted(
                 f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
                 "The same command goes on from there.",
-                request.exit_code,
+                stop,
             )
 
     def _save(self) -> None:

@@ -291,8 +291,9 @@ def _move_aside(out: Path) -> Path | None:
 
 def _remove_torn_writes(out: Path) -> None:
     """Remove what a kill in the middle of a write left behind; nothing ever points to it."""
-    for torn in out.glob("**/.*.tmp"):
-        torn.unlink(missing_ok=True)
+    for folder in (out, out / "best", out / "last"):  # no deeper: other runs may live in folders below
+        for torn in folder.glob(".*.tmp"):
+            torn.unlink(missing_ok=True)
 
 
 def is_finished(folder: Path) -> bool:
