@@ -8,8 +8,7 @@ import pytest
 
 import crdnd
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "src" / "crdnd"
+PACKAGE = Path(crdnd.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
@@ -101,8 +100,9 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def places(*names: str, among: list[Path] = SOURCES) -> list[str]:
+    """Where a file of the package calls one of these."""
     found = [(path, call) for path in among for name, call in calls(path) if name in names]
-    return [f"{path.relative_to(ROOT)}:{call.lineno}" for path, call in found]
+    return [f"{path.relative_to(PACKAGE)}:{call.lineno}" for path, call in found]
 
 
 def test_only_the_commands_print_and_exit():

@@ -553,22 +553,40 @@ def test_validation_comes_every_so_many_epochs_and_at_the_end(tmp_path):
     assert [epoch.validation is not None for epoch in run.history] == [False, True, False, True, True]
 
 
-def test_the_history_holds_means_over_the_epoch(tmp_path):
-    student, losses, start = TinyNet(seed=1), [], TinyNet(seed=1)
-    optimizer = torch.optim.SGD(start.parameters(), lr=0.1)
+def test_the_history_holds_means_over_each_epoch(tmp_path):
+    student, losses = TinyNet(seed=1), []
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     data = splits().train
-    for ids in permutation(COUNT, "order", 0, 0).split(BATCH)[:STEPS_PER_EPOCH]:
-        loss = F.cross_entropy(start(data.x[ids]), data.y[ids])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    for epoch in range(2):
+        for ids in permutation(COUNT, "order", 0, epoch).split(BATCH)[:STEPS_PER_EPOCH]:
+            loss = F.cross_entropy(student(data.x[ids]), data.y[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
     plain = {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-    common = settings(epochs=1, optimizer=plain, schedule={"name": "constant"})
-    (epoch,) = train(student, splits(), out=tmp_path / "run", **common).history
-    assert epoch.epoch == 1
-    assert epoch.loss == pytest.approx(sum(losses) / 3, rel=1e-12)
-    assert epoch.terms == pytest.approx({"ce_nat": sum(losses) / 3}, rel=1e-12)
+    common = settings(optimizer=plain, schedule={"name": "constant"})
+    history = train(TinyNet(seed=1), splits(), out=tmp_path / "run", **common).history
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [epoch.epoch for epoch in history] == [1, 2]
+    assert [epoch.loss for epoch in history] == pytest.approx(means, rel=1e-12)
+    assert [epoch.terms for epoch in history] == [pytest.approx({"ce_nat": mean}, rel=1e-12) for mean in means]
+
+
+@pytest.mark.parametrize("ema", [None, 0.7])
+def test_the_validation_in_the_history_is_that_of_the_weights_that_are_kept(ema, tmp_path):
+    data = Splits(splits().train, ImageData(images(200, seed=2), torch.arange(200) % CLASSES, CLASSES))
+    student = TinyNet(seed=1)
+    common = settings(objective="trades", attack={"steps": 1}, epochs=3, ema=ema, optimizer={"learning_rate": 0.5})
+    run = train(student, data, out=tmp_path / "run", **common)
+
+    def judged(model: nn.Module) -> Validation:
+        return validate(model, data.validation, THREAT, 64)
+
+    assert judged(run.model) == run.history[-1].validation
+    assert judged(run.other) == run.history[run.best_epoch - 1].validation
+    if ema is not None:
+        assert judged(student) != run.history[-1].validation
 
 
 # What a run must leave alone

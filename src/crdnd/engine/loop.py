@@ -258,9 +258,11 @@ class Trainer:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
         due = self.step % every == 0 if every else ends_epoch and late
-        stop = request.exit_code  # looked at once: a signal between two looks would end the run without a save
-        if due or self.finished or stop is not None:
+        saved = due or self.finished or request.exit_code is not None
+        if saved:
             self._save()
+        # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
+        stop = request.exit_code if saved else None
         if stop is not None and not self.finished:
             raise Interrupted(
                 f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
