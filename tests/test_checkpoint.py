@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -305,6 +304,8 @@ def test_a_full_disk_ends_a_command_with_one_line_and_exit_1(tmp_path, monkeypat
 
 def limited_run(out: Path, told: Path) -> None:
     """A run whose process may write no file longer than a thousand bytes once it has saved step 3."""
+    import resource
+
     torch.set_num_threads(1)
 
     def listen(progress: Progress) -> None:

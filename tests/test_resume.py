@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def die_at_write(method: str, out: Path, number: int) -> None:
 
     def torn_fsync(handle: int) -> None:
         if about_to():
-            if os.fstat(handle).st_size and not os.path.isdir(f"/proc/self/fd/{handle}"):
+            if stat.S_ISREG(os.fstat(handle).st_mode):
                 os.ftruncate(handle, os.fstat(handle).st_size // 2)
             die()  # what is not torn needs no syncing: the process dies here, not the machine
 
