@@ -263,7 +263,21 @@ class Tied(nn.Module):
         return self.second(torch.tanh(self.first(self.front(x))))
 
 
-@pytest.mark.parametrize("network", [cnn, Tied])
+class Empty(nn.Sequential):
+    """A module that counts as empty, and therefore as false."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.front = cnn(seed)
+
+    def __len__(self) -> int:
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.front(x)
+
+
+@pytest.mark.parametrize("network", [cnn, Tied, Empty])
 def test_averaged_weights_follow_their_formula(network, tmp_path):
     student, decay = network(), 0.7
     start, steps = deepcopy(student.state_dict()), Snapshots(student)
@@ -611,6 +625,16 @@ def test_the_teacher_is_neither_changed_nor_trained(tmp_path):
     assert [module.training for module in teacher.modules()] == modes
     assert [parameter.requires_grad for parameter in teacher.parameters()] == wanting
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_that_counts_as_empty_teaches_too(tmp_path):
+    common = {"data": splits(dtype=torch.float32), **settings(objective="rslad", attack={"steps": 2})}
+    runs = [
+        distill(cnn(), teacher=teacher, out=tmp_path / str(index), **common)
+        for index, teacher in enumerate((Empty(seed=3), cnn(seed=3)))
+    ]
+    for key, value in runs[0].model.state_dict().items():
+        assert torch.equal(value, runs[1].model.state_dict()[key]), key
 
 
 def test_the_teacher_predicts_in_eval_mode_whatever_mode_it_came_in(tmp_path):

@@ -341,7 +341,7 @@ def test_a_run_ends_when_it_is_stopped_whatever_catches_exceptions(tmp_path):
 # The command
 
 
-COMMAND = ["train", "--objective", "pgd_at", "--model", "cnn", "--eps", "0.1", "--epochs", "12", "--json"]
+COMMAND = ["train", "--objective", "pgd_at", "--model", "cnn", "--eps", "0.1", "--epochs", "30", "--json"]
 COMMAND += ["--set", "model.width=2", "--set", "attack.steps=1", "--set", "validate_every=6", "--save-every-steps", "3"]
 
 
@@ -361,7 +361,7 @@ def test_a_stopped_command_says_how_to_go_on(number, code, tmp_path, monkeypatch
     shown, said = capsys.readouterr()
     assert ended.value.code == code
     assert not shown
-    message = f"stopped at step 3 of 96; everything is saved in {out}. The same command goes on from there."
+    message = f"stopped at step 3 of 240; everything is saved in {out}. The same command goes on from there."
     assert said.splitlines()[-1] == message
 
 

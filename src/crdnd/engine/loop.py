@@ -87,7 +87,7 @@ class Trainer:
         self.optimizer = _optimizer(self.student, settings.optimizer)
         self.step_function = Step(
             self.student,
-            teacher.to(device) if teacher else None,
+            teacher.to(device) if teacher is not None else None,
             self.objective,
             attack,
             settings.threat,
@@ -138,7 +138,7 @@ class Trainer:
     @property
     def result(self) -> nn.Module:
         """The network whose accuracy counts: the averaged one where there is one."""
-        return self.averaged or self.student
+        return self.student if self.averaged is None else self.averaged
 
     def _one_step(self) -> None:
         epoch, index = divmod(self.step, self.steps_per_epoch)
@@ -292,7 +292,7 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         parts: dict[str, dict[str, Tensor]] = {
             "student": state(self.student),
-            "averaged": state(self.averaged) if self.averaged else {},
+            "averaged": state(self.averaged) if self.averaged is not None else {},
             "objective": state(self.objective),
             "best": self.best,
             "sums": self.sums,
