@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -14,7 +15,7 @@ from crdnd import create_model, load_data, load_model
 from crdnd.attacks import attack_names
 from crdnd.cli import _main, main
 from crdnd.config import build
-from crdnd.evaluation import TABLE_ATTACKS, Results, make_protocol
+from crdnd.evaluation import TABLE_ATTACKS, Results, load_adversarial, make_protocol
 from crdnd.models import model_names, weights_sha256
 from crdnd.objectives import objective_names
 from crdnd.threat import ThreatModel
@@ -78,7 +79,11 @@ OPTIONS = {
         "--recipe", "--set", "--data", "--teacher", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
         "--save-every-steps", "--out", "--fresh", "--json",
     },
-    "evaluate": {"--recipe", "--set", "--data", "--attacks", "--eps", "--norm", "--seed", "--out", "--json"},
+    "evaluate": {
+        "--recipe", "--set", "--weights", "--data", "--n", "--preset", "--attacks", "--engine", "--surrogate", "--eps",
+        "--norm", "--eps-sweep", "--per-class", "--batch-size", "--seed", "--save-adv", "--out", "--work", "--json",
+    },
+    "compare": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--fresh", "--json"},
     "list": {"--json"},
     "doctor": {"--json"},
@@ -375,6 +380,108 @@ def test_results_are_not_lost_to_a_folder_that_is_not_there(crdnd, natural, tmp_
     assert "attacking" not in shown.err or (tmp_path / "not" / "there.json").exists()
 
 
+def test_a_preset_names_its_attacks_and_their_settings(crdnd, natural):
+    quick = {"pgd_sat": {}, "cw_inf": {}, "apgd_t": {"iterations": 2, "targets": 1}}
+    options = [f"attacks.apgd_t.{key}={value}" for key, value in quick["apgd_t"].items()]
+    settings = [part for option in options for part in ("--set", option)]
+    shown = crdnd("evaluate", str(natural), "--preset", "quick", *settings, "--n", "40", "--json")
+    results = build(Results, json.loads(shown.out))
+    test = load_data("digits").test.subset(torch.arange(40))
+    assert results.protocol == make_protocol(test, ThreatModel(eps=0.1), quick)
+    assert (results.rows[0].n, list(results.rows[0].attacks)) == (40, list(quick))
+
+
+def test_attacks_on_the_command_line_replace_those_of_a_recipe_and_keep_their_settings(crdnd, natural):
+    Path("r.yaml").write_text(f"model: {natural}\nattacks: {{square: {{queries: 3}}, fgsm: {{}}}}\n")
+    both = json.loads(crdnd("evaluate", "--recipe", "r.yaml", "--n", "20", "--json").out)["protocol"]["attacks"]
+    assert (list(both), both["square"]["queries"]) == (["square", "fgsm"], 3)
+    one = crdnd("evaluate", "--recipe", "r.yaml", "--n", "20", "--attacks", "square,cw_inf", "--json")
+    found = json.loads(one.out)["protocol"]["attacks"]
+    assert (list(found), found["square"]["queries"]) == (["square", "cw_inf"], 3)
+
+
+def test_evaluate_shows_classes_a_sweep_and_the_verdict(crdnd, natural):
+    shown = crdnd(
+        "evaluate", str(natural), "--attacks", "fgsm", "--n", "30", "--per-class", "--eps-sweep", "0.2,1/100",
+        "--batch-size", "auto",
+    )  # fmt: skip
+    assert shown.status == 0, shown.err
+    assert re.search(r"eps 0\.01: .*\n(.*\n)*eps 0\.2: ", shown.out)
+    assert re.search(r"^ +9 +.*/", shown.out, re.MULTILINE)
+    assert re.search(r"^verdict: (consistent|suspicious because)", shown.out, re.MULTILINE)
+
+
+def test_an_evaluation_goes_on_where_it_was_and_says_nothing_new(crdnd, natural):
+    command = ("evaluate", str(natural), "--attacks", "square", "--set", "attacks.square.queries=5", "--json")
+    first, again = crdnd(*command), crdnd(*command)
+    assert first.out == again.out
+    assert "attacking" in first.err
+    assert "attacking" not in again.err
+    fresh = crdnd(*command, "--work", "elsewhere")
+    assert "attacking" in fresh.err
+    assert fresh.out == first.out
+
+
+def test_a_model_and_images_from_files_of_the_users(crdnd, natural):
+    Path("othernets.py").write_text(
+        "from crdnd import create_model\n"
+        "def small():\n"
+        "    return create_model('cnn', input_shape=(1, 8, 8), num_classes=10, width=2)\n"
+    )
+    test = load_data("digits").test
+    np.savez("mine.npz", x=(test.x[:33] * 255).round().to(torch.uint8).numpy(), y=test.y[:33].numpy())
+    torch.save(load_model(natural).state_dict(), "w.pt")
+    options = ("--data", "mine.npz", "--eps", "0.1", "--attacks", "fgsm", "--json")
+    shown = crdnd("evaluate", "othernets:small", "--weights", "w.pt", *options)
+    assert shown.status == 0, shown.err
+    results = build(Results, json.loads(shown.out))
+    assert results.protocol.data == "mine"
+    assert results.rows[0].model_sha256 == weights_sha256(load_model(natural))
+
+
+def test_transfer_takes_its_images_from_another_model(crdnd, natural):
+    options = ("--attacks", "transfer", "--n", "25", "--json")
+    shown = crdnd("evaluate", str(natural), *options, "--surrogate", str(natural / "last"))
+    settings = json.loads(shown.out)["protocol"]["attacks"]["transfer"]
+    assert settings["surrogate_sha256"] == weights_sha256(load_model(natural / "last"))
+
+
+def test_the_reference_engine_runs_the_official_attack(crdnd, natural, monkeypatch):
+    pytest.importorskip("pyautoattack")
+    options = ("--preset", "standard", "--n", "20", "--eps", "0.3", "--json")
+    ours, theirs = (
+        crdnd("evaluate", str(natural), *options),
+        crdnd("evaluate", str(natural), *options[:-1], "--engine", "reference", "--json"),
+    )
+    (one,), (other,) = (build(Results, json.loads(shown.out)).rows for shown in (ours, theirs))
+    assert abs(one.worst_case.correct - other.worst_case.correct) <= 1
+    assert json.loads(theirs.out)["protocol"]["attacks"]["autoattack"]["package"].startswith("pyautoattack ")
+
+
+def test_adversarial_images_are_written_and_can_be_verified(crdnd, natural):
+    shown = crdnd("evaluate", str(natural), "--attacks", "cw_inf,fgsm", "--save-adv", "new/adv.safetensors", "--json")
+    row = build(Results, json.loads(shown.out)).rows[0]
+    found = load_adversarial("new/adv.safetensors", load_model(natural), load_data("digits").test)
+    assert {name: len(entry.ids) for name, entry in found.items()} == {
+        name: count.n - count.correct for name, count in row.attacks.items()
+    }
+
+
+def test_two_models_are_compared_sample_by_sample(crdnd, natural):
+    for name, model in (("a", natural), ("b", natural / "last")):
+        assert crdnd("evaluate", str(model), "--attacks", "fgsm", "--out", f"{name}.json").status == 0
+    shown = crdnd("compare", "a.json", "b.json")
+    assert shown.status == 0, shown.err
+    assert all(word in shown.out for word in ("clean", "fgsm", "worst_case"))
+    found = json.loads(crdnd("compare", "a.json", "b.json", "--json").out)
+    one, other = (build(Results, json.loads(Path(f"{name}.json").read_text())).rows[0] for name in "ab")
+    assert found["fgsm"]["points"] == pytest.approx(one.attacks["fgsm"].percent - other.attacks["fgsm"].percent)
+    assert crdnd("evaluate", str(natural), "--attacks", "fgsm", "--eps", "0.2", "--out", "c.json").status == 0
+    refused = crdnd("compare", "a.json", "c.json")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "they differ in eps" in refused.err
+
+
 # Mistakes
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -428,6 +535,25 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such model": (("evaluate", "nowhere"), "nowhere: there is no such model"),
     "not a model": (("evaluate", "empty"), "empty: is not a model folder, model.json is missing"),
     "attack": (("evaluate", "model", "--attacks", "pgdsat"), "unknown attack 'pgdsat'; did you mean 'pgd_sat'"),
+    "preset": (("evaluate", "model", "--preset", "quik"), "unknown preset 'quik'; did you mean 'quick'"),
+    "preset and attacks": (("evaluate", "model", "--preset", "quick", "--attacks", "fgsm"), "exclude each other"),
+    "setting of an attack": (
+        ("evaluate", "model", "--attacks", "square", "--set", "attacks.square.querys=3"),
+        r"attacks\.square\.querys: no such setting; did you mean 'queries'",
+    ),
+    "attack that the preset has not": (
+        ("evaluate", "model", "--preset", "quick", "--set", "attacks.square.queries=3"),
+        r"attacks\.square: is no attack of the preset quick",
+    ),
+    "too many samples": (("evaluate", "model", "--n", "451"), "n: 451 samples were asked for, digits has 450"),
+    "batch size": (("evaluate", "model", "--batch-size", "big"), "batch_size: must be a whole number .* got 'big'"),
+    "sweep": (("evaluate", "model", "--eps-sweep", "8"), "eps_sweep: .*write 8/255 and not 8"),
+    "sweep in words": (("evaluate", "model", "--eps-sweep", "a,b"), "eps_sweep: 'a' is not a number"),
+    "no surrogate": (("evaluate", "model", "--attacks", "transfer"), "transfer: .*--surrogate"),
+    "engine": (("evaluate", "model", "--engine", "ref"), "engine: must be own or reference, got 'ref'"),
+    "engine without the attack": (("evaluate", "model", "--engine", "reference"), "engine: the reference has AutoAtt"),
+    "weights of a folder": (("evaluate", "model", "--weights", "w.pt"), "weights: belong to a model given as package"),
+    "nothing to compare": (("compare", "a.json", "b.json"), "a.json: cannot be read"),
     "eps of an evaluation": (("evaluate", "model", "--eps", "8"), "write 8/255 and not 8"),
     "norm of an evaluation": (("evaluate", "model", "--norm", "l2"), "the model's eps is for linf; give --eps for l2"),
     "data of an evaluation": (("evaluate", "model", "--data", "digit"), "did you mean 'digits'"),

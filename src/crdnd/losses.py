@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TINY = 1e-12
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)_y. (B, K), (B,) -> (B,)."""
@@ -28,3 +30,28 @@ def kl(target: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
     """KL(softmax(target / tau) || softmax(student / tau)). (B, K), (B, K) -> (B,)."""
     log_t, log_s = F.log_softmax(target / tau, dim=1), F.log_softmax(student / tau, dim=1)
     return (log_t.exp() * (log_t - log_s)).sum(dim=1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """The difference of logits ratio, margin / (z_(1) - z_(3)) with z sorted downwards. (B, K), (B,) -> (B,).
+
+    Croce and Hein 2020 (arXiv 2003.01690), equation 6: blind to the shift and the scale of the logits. It needs three
+    classes; with two, where z_(3) does not exist, it is the margin.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2) with z sorted downwards. (B, K), (B,), (B,) -> (B,).
+
+    Croce and Hein 2020 (arXiv 2003.01690), equation 7. It needs four classes; with three the denominator is
+    z_(1) - z_(3), and with two there is none.
+    """
+    lead = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
+    if logits.shape[1] < 3:
+        return lead
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    return lead / (top[:, 0] - top[:, 2:].mean(1) + _TINY)

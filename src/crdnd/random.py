@@ -61,6 +61,10 @@ class Stream:
         """An independent stream for the same samples, such as one for each restart."""
         return Stream.of(self.key, *names, ids=self.ids)
 
+    def take(self, rows: Tensor) -> "Stream":
+        """The same stream for some of its samples; `rows` are their places in the batch."""
+        return Stream(self.key, self.ids[rows])
+
     def bits(self, count: int) -> Tensor:
         """`count` words of 64 random bits for each sample, int64 (B, count)."""
         start = _mix(self.ids * _GOLDEN + self.key)[:, None]

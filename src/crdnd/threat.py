@@ -12,7 +12,7 @@ from crdnd.config import Frozen
 from crdnd.random import Stream
 
 Norm = Literal["linf", "l2"]
-Start = Literal["none", "uniform", "gaussian"]
+Start = Literal["none", "uniform", "gaussian", "surface"]
 
 _TINY = 1e-30
 
@@ -69,22 +69,46 @@ class ThreatModel(Frozen):
         # Ball first, box second: x lies in the box, so clamping only moves a pixel towards x and stays in the ball.
         return inside.clamp(0, 1)
 
-    def ascend(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step: float) -> Tensor:
-        """One projected step of steepest ascent; `step` is a fraction of eps, so step and eps cannot be swapped."""
+    def ascend(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step: float | Tensor) -> Tensor:
+        """One projected step of steepest ascent; `step` is a fraction of eps, so step and eps cannot be swapped.
+
+        It may differ between samples, (B, 1, ...). Where a gradient is NaN the pixel stays: a NaN in an image would
+        pass for an adversarial example.
+        """
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         direction = gradient.sign() if self.norm == "linf" else _unit(gradient)
         return self.project(x_adv + step * self.eps * direction, x)
 
+    def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which inputs are legal, up to rounding. (B, ...), (B, ...) -> bool (B,)."""
+        slack = 4 * torch.finfo(x.dtype).eps
+        near = self.distance(x_adv, x) <= self.eps * (1 + 8 * slack) + slack
+        inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False where a pixel is NaN
+        return near & inside
+
     def start(self, x: Tensor, kind: Start, stream: Stream) -> Tensor:
-        """Where an attack begins: at x, uniformly in the ball, or at x + 0.001 N(0, 1) as TRADES and RSLAD do."""
+        """Where an attack begins.
+
+        Args:
+            x: natural inputs (B, ...).
+            kind: "none" at x; "uniform" in the ball; "gaussian" at x + 0.001 N(0, 1), as TRADES and RSLAD do;
+                "surface" in a random direction at distance eps, as AutoPGD does.
+            stream: the draws.
+        """
         if kind == "none":
             return x.clone()
         shape = tuple(x.shape[1:])
         if kind == "gaussian":
             return self.project(x + 0.001 * stream.normal(shape, x.dtype), x)
         if self.norm == "linf":
-            return self.project(x + self.eps * (2 * stream.uniform(shape, x.dtype) - 1), x)
+            direction = 2 * stream.uniform(shape, x.dtype) - 1
+            if kind == "surface":
+                direction = direction / direction.flatten(1).abs().amax(1).reshape(-1, *(1,) * len(shape))
+            return self.project(x + self.eps * direction, x)
         # A normal draw gives the direction; the radius law u^(1/d) makes the volume uniform, not the radius.
         direction = stream.child("direction").normal(shape, x.dtype)
+        if kind == "surface":
+            return self.project(x + self.eps * _unit(direction), x)
         radius = stream.child("radius").uniform((1,) * len(shape), x.dtype) ** (1 / math.prod(shape))
         return self.project(x + self.eps * radius * _unit(direction), x)
 

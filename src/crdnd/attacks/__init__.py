@@ -1,26 +1,27 @@
-"""Attacks: pure functions that look for a legal input which raises a per-sample loss. One file, one attack."""
+"""Attacks: pure functions that look for a legal input which fools a model. One file, one attack."""
 
-from crdnd import registry
-from crdnd.attacks._pgd import Classifier, PerSampleLoss, TableAttack, pgd
-from crdnd.attacks._verdicts import adversarial, verdicts
+from crdnd.attacks._base import Attack, Classifier, PerSampleLoss, Round, input_gradient
+from crdnd.attacks._frozen import answers, frozen
+from crdnd.attacks._load import attack_names, load_attack
+from crdnd.attacks._pgd import TableAttack, pgd
+from crdnd.attacks._sequence import Sequence
+from crdnd.attacks._verdicts import adversarial, attack_stream, true_float32, verdicts
 
 __all__ = [
+    "Attack",
     "Classifier",
     "PerSampleLoss",
+    "Round",
+    "Sequence",
     "TableAttack",
     "adversarial",
+    "answers",
     "attack_names",
+    "attack_stream",
+    "frozen",
+    "input_gradient",
     "load_attack",
     "pgd",
+    "true_float32",
     "verdicts",
 ]
-
-
-def attack_names() -> list[str]:
-    """The registry's keys."""
-    return registry.names("attacks")
-
-
-def load_attack(name: str) -> TableAttack:
-    """The attack of that name, or an InputError with a suggestion."""
-    return registry.load("attacks", name, "ATTACK")

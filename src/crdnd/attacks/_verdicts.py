@@ -1,4 +1,4 @@
-"""Does a model stay right? One attack on many samples, and one verdict for each."""
+"""Does a model stay right? One verdict for each sample, computed in true float32."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crdnd.attacks._pgd import TableAttack
+from crdnd.attacks._base import Attack
 from crdnd.data import ImageData
 from crdnd.models import evaluating
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
 
 
+def attack_stream(seed: int, ids: Tensor) -> Stream:
+    """The draws of an evaluation; an attack takes its own by its name and restart."""
+    return Stream.of("attack", seed, ids=ids)
+
+
 def adversarial(
-    model: nn.Module, attack: TableAttack, name: str, x: Tensor, y: Tensor, ids: Tensor, threat: ThreatModel, seed: int
+    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, ids: Tensor, threat: ThreatModel, seed: int
 ) -> Tensor:
     """Adversarial images (B, C, H, W) for a batch; the draws depend on (seed, attack, restart, sample id) alone."""
     with evaluating(model):
-        return attack(model, x, y, threat, Stream.of("attack", seed, name, 0, ids=ids))
+        return attack(model, x, y, threat, attack_stream(seed, ids))
 
 
 def verdicts(
@@ -41,7 +46,7 @@ def verdicts(
     """
     ids = torch.arange(len(data), device=data.x.device) if ids is None else ids
     right: list[Tensor] = []
-    with _true_float32():
+    with true_float32():
         for part in ids.split(batch_size) if len(ids) else ():
             x, y = data.batch(part)
             if attacked is not None:
@@ -52,7 +57,7 @@ def verdicts(
 
 
 @contextmanager
-def _true_float32() -> Generator[None]:
+def true_float32() -> Generator[None]:
     """TF32 off for the body: a verdict is judged in float32 whatever the training precision was."""
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
     flags: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (convolution, "allow_tf32", False)]

@@ -1,14 +1,15 @@
 """`crdnd evaluate`."""
 
 import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
 from crdnd.cli._common import (
-    DataOption,
     EpsOption,
     JsonOption,
     NormOption,
@@ -21,45 +22,84 @@ from crdnd.cli._common import (
 )
 from crdnd.errors import InputError
 
+if TYPE_CHECKING:
+    from crdnd.evaluation import Listener, Results, Step
+
+WORK = Path("runs/evaluations")
+
 
 def evaluate_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model folder, .safetensors or package.module:factory.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model folder, .safetensors, .pt2, .onnx or package.module:factory."),
     ] = None,
     recipe: RecipeOption = None,
     assignments: SetOption = None,
-    data: DataOption = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="For a factory: its weights, .safetensors or a weights-only .pt.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Data set, .npz, folder of images, or CIFAR-10's binary files."),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N samples.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="quick, rslad-table, standard, rand or full (with all checks).")
+    ] = None,
     attacks: Annotated[
         str | None, typer.Option("--attacks", help="Names with commas between; see `crdnd list attacks`.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="own, or reference: AutoAttack by the package pyautoattack.")
+    ] = "own",
+    surrogate: Annotated[
+        str | None, typer.Option("--surrogate", help="Another model, whose adversarial images are tried too.")
+    ] = None,
     eps: EpsOption = None,
     norm: NormOption = None,
+    eps_sweep: Annotated[
+        str | None, typer.Option("--eps-sweep", help="More eps for a curve, with commas between: 2/255,4/255.")
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Count each class too.")] = False,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", help="Samples attacked at once; auto takes what fits into memory.")
+    ] = "256",
     seed: SeedOption = None,
+    save_adv: Annotated[
+        Path | None, typer.Option("--save-adv", help="Write the images that fooled the model to this .safetensors.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON document to this file too.")] = None,
+    work: Annotated[
+        Path,
+        typer.Option("--work", help="Where verdicts are kept on the way; a stopped evaluation goes on from there."),
+    ] = WORK,
     json: JsonOption = False,
 ) -> None:
     """Measure natural and robust accuracy on test data, and the worst case of every sample.
 
-    Data and threat model are those that the model was trained for, unless given.
+    Data and threat model are those that the model was trained for, unless given. Without --preset and --attacks, the
+    four attacks of the field's tables run; believe a model's robustness after the preset full.
 
     Examples:
 
-        crdnd evaluate runs/student
+        crdnd evaluate runs/student --preset full
 
-        crdnd evaluate runs/student --eps 0.05 --attacks pgd_sat,cw_inf --json
+        crdnd evaluate runs/student --eps 0.05 --attacks pgd_sat,apgd_t --set attacks.pgd_sat.restarts=5 --json
 
-        crdnd evaluate mypackage.nets:small --data digits --eps 0.1
+        crdnd evaluate mypackage.nets:small --weights small.safetensors --data images.npz --eps 8/255 --preset standard
+
+        accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
-    from rich.console import Console
+    from accelerate import PartialState
 
     from crdnd.config import Frozen, build
-    from crdnd.data import load_data
-    from crdnd.evaluation import TABLE_ATTACKS, Label, evaluate
+    from crdnd.data import load_test
+    from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, reference
+    from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
     from crdnd.models import ModelCard, read_card, resolve_model
     from crdnd.recipe import check_format
-    from crdnd.report.table import results_table
-    from crdnd.threat import ThreatModel
+    from crdnd.threat import ThreatModel, parse_eps
 
     class Settings(Frozen):
         """What `crdnd evaluate` takes from a recipe."""
@@ -69,42 +109,97 @@ def evaluate_command(
         data: str
         split_seed: int = 0
         threat: ThreatModel
-        attacks: tuple[str, ...] = TABLE_ATTACKS
+        preset: str | None = None
+        attacks: dict[str, Any] = {}
         seed: int = 0
 
-    chosen = given(
-        model=model, data=data, threat__eps=eps, threat__norm=norm, seed=seed,
-        attacks=attacks.split(",") if attacks else None,
-    )  # fmt: skip
+    named = {name.strip(): {} for name in attacks.split(",")} if attacks else None
+    chosen = given(model=model, data=data, threat__eps=eps, threat__norm=norm, seed=seed, preset=preset)
     values = settings_of(recipe, assignments, chosen)
     check_format(values)
+    values["attacks"] = _attack_settings(values.get("attacks"), named)
     if "model" not in values:
-        raise InputError("MODEL: name the model to evaluate: a model folder, .safetensors or package.module:factory.")
+        raise InputError(
+            "MODEL: name the model to evaluate: a model folder, .safetensors, .pt2, .onnx or package.module:factory."
+        )
     spec = str(values["model"])
-    network = resolve_model(spec)
-    card = read_card(Path(spec)) if Path(spec).exists() else ModelCard(schema="crdnd.model/1")
+    network = resolve_model(spec, weights)
+    card = read_card(Path(spec)) if _has_card(Path(spec)) else ModelCard(schema="crdnd.model/1")
     _fill_from_card(values, card)
     settings = build(Settings, values)
-    test = load_data(settings.data, settings.split_seed).test
-    if test is None:
-        raise InputError(f"data {settings.data}: has no test split.")
-    if out is not None:
-        make_folder(out.parent)  # before the work, so that its result is not lost
-    results = evaluate(
-        network,
-        test,
-        threat=settings.threat,
-        attacks=settings.attacks,
-        seed=settings.seed,
-        label=Label(card.method or spec, card.role, card.seed, card.checkpoint),
-        listener=lambda name: print(f"attacking with {name} ...", file=sys.stderr, flush=True),
-    )
+    checks = False
+    plan: Mapping[str, Any] = settings.attacks
+    if settings.preset is not None:
+        if named:
+            raise InputError("attacks: --preset and --attacks exclude each other; settings of a preset go by --set.")
+        wanted = preset_of(settings.preset)
+        checks = wanted.checks
+        plan = {name: {**own, **settings.attacks.get(name, {})} for name, own in wanted.attacks.items()}
+        if other := set(settings.attacks) - set(plan):
+            raise InputError(f"attacks.{min(other)}: is no attack of the preset {settings.preset}.")
+    attack_plan = choose_attacks(plan or list(TABLE_ATTACKS))
+    if engine not in ("own", "reference"):
+        raise InputError(f"engine: must be own or reference, got {engine!r}.")
+    if engine == "reference":
+        attack_plan = reference(attack_plan, settings.seed)
+    test = load_test(settings.data, settings.split_seed)
+    if n is not None:
+        if n > len(test):
+            raise InputError(f"n: {n} samples were asked for, {settings.data} has {len(test)}.")
+        import torch
+
+        test = test.subset(torch.arange(n))
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
+    try:
+        sweep = [parse_eps(part) for part in eps_sweep.split(",")] if eps_sweep else []
+    except ValueError as error:
+        raise InputError(f"eps_sweep: {error}") from None
+    for value in sweep:
+        build(ThreatModel, {"norm": settings.threat.norm, "eps": value}, where="eps_sweep")
+    for file in (out, save_adv):
+        if file is not None:
+            make_folder(file.parent)  # before the work, so that its result is not lost
+    state = PartialState()
+    with _showing(quiet=not state.is_main_process) as listener:
+        results = evaluate(
+            network.to(state.device),
+            test,
+            threat=settings.threat,
+            attacks=attack_plan,
+            checks=checks,
+            eps_sweep=sweep,
+            per_class=per_class,
+            surrogate=resolve_model(surrogate).to(state.device) if surrogate else None,
+            seed=settings.seed,
+            batch_size="auto" if batch_size == "auto" else int(batch_size),
+            label=Label(card.method or spec, card.role, card.seed, card.checkpoint),
+            work=work,
+            save_adversarial=save_adv,
+            listener=listener,
+        )
+    if not state.is_main_process:
+        return
     if out is not None:
         atomic_write_text(out, results.to_json())
     if json:
         print_json(results.to_json().rstrip())
     else:
-        Console().print(results_table(results))
+        _print(results)
+
+
+def _attack_settings(found: Any, named: dict[str, dict[str, Any]] | None) -> Any:
+    """Attacks as a mapping to their settings; those named on the command line replace those of a recipe."""
+    if isinstance(found, list | tuple):
+        found = {str(name): {} for name in found}
+    if not isinstance(found, dict | None):
+        raise InputError(f"attacks: must be a list of names or a mapping of names to settings, got {found!r}.")
+    own: dict[str, Any] = found or {}
+    return {name: own.get(name) or {} for name in named} if named else {key: own[key] or {} for key in own}
+
+
+def _has_card(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".safetensors" and path.exists())
 
 
 def _fill_from_card(values: dict[str, Any], card: Any) -> None:
@@ -127,3 +222,55 @@ def _fill_from_card(values: dict[str, Any], card: Any) -> None:
         values["threat"] = merge(card.threat.model_dump(), threat)
     elif "eps" not in threat:
         raise InputError("threat: this model does not say what it was trained to withstand; give --eps.")
+
+
+@contextmanager
+def _showing(*, quiet: bool) -> Generator["Listener | None"]:
+    """A bar on standard error in a terminal; elsewhere a line for each attack, and each part of one, that begins."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if quiet:
+        yield None
+        return
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task, said = bar.add_task("natural images", total=None), [("clean", "clean")]
+
+        def listen(step: "Step") -> None:
+            name = step.column if step.attack == step.column else f"{step.column}: {step.attack}"
+            bar.update(
+                task, description=f"{name} ({step.number}/{step.rounds})", completed=step.done, total=step.samples
+            )
+            if not console.is_terminal and (step.column, step.attack) != said[-1]:
+                said.append((step.column, step.attack))
+                print(f"attacking with {name} ...", file=sys.stderr, flush=True)
+
+        yield listen
+
+
+def _print(results: "Results") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from crdnd.report.table import results_table
+
+    console = Console(highlight=False)
+    console.print(results_table(results))
+    row = results.rows[0]
+    if row.per_class:
+        table = Table("class", "clean", "worst case", box=box.SIMPLE_HEAD)
+        for name, counts in row.per_class.items():
+            table.add_row(escape(name), str(counts.clean), str(counts.worst_case))
+        console.print(table)
+    for point in row.sweep:
+        console.print(f"eps {point.eps:.4g}: {escape(str(point.worst_case))} stand")
+    for note in row.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    for check in row.checks:
+        if check.suspicious:
+            console.print(f"{check.name}: {escape(check.says)}. What to do: {escape(check.advice)}.", soft_wrap=True)
+    console.print(f"verdict: {escape(row.verdict)}", soft_wrap=True)

@@ -10,8 +10,15 @@ from crdnd.errors import InputError
 from crdnd.models import evaluating
 
 
-def check_model(model: nn.Module, data: ImageData, what: str) -> int:
-    """Run a few images through a model and return how many classes it has, or say what is wrong with it."""
+def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: bool = False) -> int:
+    """Run a few images through a model and return how many classes it has, or say what is wrong with it.
+
+    Args:
+        model: images -> logits.
+        data: where the images come from.
+        what: what messages call the model.
+        probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
     x = x.to(device)
@@ -26,7 +33,7 @@ def check_model(model: nn.Module, data: ImageData, what: str) -> int:
         raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")
     if not bool(logits.isfinite().all()):
         raise InputError(f"{what}: returns NaN or infinite logits on natural images.")
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+    if not probabilities and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         raise InputError(f"{what}: returns probabilities, but logits are needed; remove its softmax.")
     if logits.shape[1] < data.num_classes:
         raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")

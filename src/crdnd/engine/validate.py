@@ -10,10 +10,12 @@ from crdnd.losses import cross_entropy, margin
 from crdnd.threat import ThreatModel
 
 # Cross-entropy alone would reward models whose logits are small, which are weak against every other attack.
-ATTACKS = {
-    f"validation_{loss.__name__}": TableAttack(summary="", paper="", loss=loss, steps=10, step=0.25, start="uniform")
+ATTACKS = [
+    TableAttack(
+        name=f"validation_{loss.__name__}", summary="", paper="", loss=loss, steps=10, step=0.25, start="uniform"
+    )
     for loss in (cross_entropy, margin)
-}
+]
 
 
 def validate(model: nn.Module, data: ImageData, threat: ThreatModel, batch_size: int) -> Validation:
@@ -24,11 +26,11 @@ def validate(model: nn.Module, data: ImageData, threat: ThreatModel, batch_size:
     """
     right = verdicts(model, data, batch_size=batch_size)
     standing = right.nonzero()[:, 0]
-    for name, attack in ATTACKS.items():
+    for attack in ATTACKS:
         holds = verdicts(
             model,
             data,
-            lambda x, y, ids, name=name, attack=attack: adversarial(model, attack, name, x, y, ids, threat, seed=0),
+            lambda x, y, ids, attack=attack: adversarial(model, attack, x, y, ids, threat, seed=0),
             ids=standing,
             batch_size=batch_size,
         )

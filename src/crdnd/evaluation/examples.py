@@ -41,7 +41,7 @@ def examples(
     x, y = data.batch(ids)
     found: list[Example] = []
     for method, model in models.items():
-        x_adv = adversarial(model, load_attack(attack), attack, x, y, ids, threat, seed)
+        x_adv = adversarial(model, load_attack(attack), x, y, ids, threat, seed)
         natural, attacked = predict(model, x), predict(model, x_adv)
         for index, sample in enumerate(ids.tolist()):
             seen, fooled = int(natural.classes[index]), int(attacked.classes[index])

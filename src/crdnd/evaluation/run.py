@@ -1,22 +1,41 @@
 """Measure models under attack: one verdict per sample and attack, and the worst case of each sample."""
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
-from crdnd.attacks import adversarial, attack_names, load_attack, verdicts
+from crdnd.attacks import Attack, answers, true_float32
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
 from crdnd.engine import check_model
-from crdnd.errors import InputError
-from crdnd.evaluation.result import Protocol, Results, Row
-from crdnd.models import Normalized, evaluating, parameter_count, weights_sha256
+from crdnd.engine.signals import stop_requests
+from crdnd.errors import InputError, Interrupted
+from crdnd.evaluation._batch_size import batch_size_that_fits
+from crdnd.evaluation._checks import Evidence, check_columns, run_checks, verdict
+from crdnd.evaluation._plan import TABLE_ATTACKS, Column, choose_attacks, without_gradients
+from crdnd.evaluation._progress import Progress, work_folder
+from crdnd.evaluation._runner import FELL, STANDS, Listener, Runner
+from crdnd.evaluation.found import save_found
+from crdnd.evaluation.result import (
+    NOT_RUN,
+    RIGHT,
+    WRONG,
+    ClassCounts,
+    Protocol,
+    Results,
+    Row,
+    SweepPoint,
+)
+from crdnd.io import sha256
+from crdnd.models import Normalized, evaluating, has_gradients, parameter_count, weights_sha256
 from crdnd.threat import ThreatModel
-
-TABLE_ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
 
 
 @dataclass(frozen=True)
@@ -34,48 +53,95 @@ def evaluate(
     data: Any,
     *,
     threat: ThreatModel,
-    attacks: Sequence[str] = TABLE_ATTACKS,
+    attacks: Sequence[str] | Mapping[str, Any] = TABLE_ATTACKS,
+    checks: bool = False,
+    eps_sweep: Sequence[float] = (),
+    per_class: bool = False,
+    surrogate: nn.Module | None = None,
     seed: int = 0,
     split: str = "test",
-    batch_size: int = 256,
+    batch_size: int | Literal["auto"] = 256,
     label: Label | None = None,
-    listener: Callable[[str], None] | None = None,
+    work: str | Path | None = None,
+    save_adversarial: str | Path | None = None,
+    listener: Listener | None = None,
 ) -> Results:
     """Natural and robust accuracy of a model; its modes, gradients and the global random state are left alone.
+
+    Table attacks are judged at their last iterate on every image; all others attack what is naturally right, and each
+    of their rounds what the ones before left standing, in full batches. Several processes (`accelerate launch`) share
+    the samples.
 
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K).
         data: `ImageData`, a pair of tensors (images, labels) or a map-style data set; all of it is evaluated.
         threat: the adversary.
-        attacks: names of table attacks, each judged at its last iterate on every image.
-        seed: of the attacks' starts, which depend on (seed, attack, sample) and not on the batch.
+        attacks: names, or a mapping of names to settings that differ from the attack's own (`{"square": {"queries":
+            1000}}`) or to `Attack` objects.
+        checks: run every check for false security, and not only those that come for free (docs/checks.md). Needs the
+            attacks `fgsm`, `pgd_sat`, `cw_inf` and `autoattack`.
+        eps_sweep: more eps, at which the same attacks run on what still stands.
+        per_class: count each class too.
+        surrogate: the model whose images `transfer` tries, and the checks.
+        seed: of the attacks' draws, which depend on (seed, attack, restart, sample) and not on the batch.
         split: what the protocol calls this part of the data.
-        batch_size: changes speed and memory, no verdict.
+        batch_size: changes speed and memory, no verdict; "auto" takes what fits into memory.
         label: what the row says about the model.
-        listener: called with the name of each attack before it runs.
+        work: a folder for what has been found; the same call goes on there after a kill.
+        save_adversarial: a `.safetensors` file for the images that fooled the model.
+        listener: told how far it is, after every batch.
 
     Returns:
         A document with one row. `worst_case` counts the samples that are right naturally and under every attack.
+
+    Raises:
+        InputError: something handed in cannot be used.
+        Interrupted: a signal asked to stop; what was found is in `work`.
     """
     images = as_data(data)
-    protocol = make_protocol(images, threat, attacks, seed, split)
-    check_model(model, images, "model")
+    num_classes = check_model(model, images, "model", probabilities=True)
+    chosen = _with_surrogate(choose_attacks(attacks), surrogate)
+    differentiable = has_gradients(model) and _lets_gradients_through(model, images)
+    notes: list[str] = []
+    if not differentiable:
+        chosen, notes = without_gradients(chosen)
+    everything = checks and differentiable
+    if everything and (missing := {"fgsm", "pgd_sat", "cw_inf", "autoattack"} - chosen.keys()):
+        raise InputError(f"checks: need the attack {min(missing)} too; name it, or take the preset full.")
+    protocol = _protocol(images, threat, chosen, seed, split, eps_sweep, everything)
+    notes += [note for attack in chosen.values() for note in attack.notes(num_classes)]
+
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)
-
-    clean = verdicts(model, images, batch_size=batch_size)
-    survived: dict[str, Tensor] = {}
-    for name in attacks:
-        attack = load_attack(name)
-        if listener:
-            listener(name)
-        survived[name] = verdicts(
-            model,
-            images,
-            lambda x, y, ids, name=name, attack=attack: adversarial(model, attack, name, x, y, ids, threat, seed),
-            batch_size=batch_size,
-        )
+    state = PartialState()
     about = label or Label()
+    identity = weights_sha256(model)
+    folder = None
+    if work is not None:
+        key = sha256(f"{identity} {protocol.fingerprint} {save_adversarial is not None}".encode())[:16]
+        folder = _work_folder(Path(work), f"{protocol.data}-{key}", model, images, state)
+    progress = Progress(folder, state.process_index)
+    ids = torch.arange(len(images), device=device)[state.process_index :: state.num_processes]
+    size = batch_size_that_fits(model, images) if batch_size == "auto" else batch_size
+    with stop_requests() if work is not None else nullcontext() as request:
+        runner = Runner(
+            model, images, ids, num_classes=num_classes, seed=seed, batch_size=size, progress=progress,
+            keep_adversarial=save_adversarial is not None, request=request, listener=listener,
+        )  # fmt: skip
+        try:
+            _run(runner, chosen, threat, images, surrogate, everything, protocol.eps_sweep)
+        except Interrupted as error:
+            message = f"stopped; everything found is saved in {folder}. The same command goes on from there."
+            raise Interrupted(message, error.exit_code) from None
+    verdicts = _of_all_processes(runner.verdicts, state)
+    if save_adversarial is not None:
+        state.wait_for_everyone()
+        progress.reload()
+        if state.is_main_process:
+            save_found(Path(save_adversarial), progress, chosen, protocol, identity)
+    evidence = Evidence(model, images, threat, seed, size, verdicts, differentiable)
+    found = run_checks(evidence)
+    stands = worst_case(verdicts["clean"] == STANDS, (verdicts[name] == STANDS for name in chosen))
     row = Row(
         method=about.method,
         role=about.role,
@@ -84,20 +150,106 @@ def evaluate(
         seed=about.seed,
         checkpoint=about.checkpoint,
         n=len(images),
-        clean=_count(clean),
-        attacks={name: _count(verdict) for name, verdict in survived.items()},
-        worst_case=_count(worst_case(clean, survived.values())),
-        model_sha256=weights_sha256(model),
+        clean=_count(verdicts["clean"] == STANDS),
+        attacks={name: _count(verdicts[name] == STANDS) for name in chosen},
+        worst_case=_count(stands),
+        verdict=verdict(found),
+        checks=found,
+        notes=notes,
+        sweep=[
+            SweepPoint(eps=eps, worst_case=_count(verdicts[_sweep_column(eps, list(chosen)[-1])] == STANDS))
+            for eps in protocol.eps_sweep
+        ],
+        per_class=_per_class(images, verdicts["clean"] == STANDS, stands) if per_class else {},
+        verdicts={name: _text(values) for name, values in verdicts.items() if not name.startswith(("check:", "eps:"))},
+        model_sha256=identity,
     )
     return Results(schema="crdnd.results/1", protocol=protocol, rows=[row])
 
 
+def _work_folder(root: Path, name: str, model: nn.Module, images: ImageData, state: PartialState) -> Path:
+    x, _ = images.batch(torch.arange(min(8, len(images)), device=images.x.device))
+    with true_float32(), evaluating(model):
+        first, second = answers(model, x), answers(model, x)
+    random = not torch.equal(first[0].nan_to_num(), second[0].nan_to_num())
+    with state.main_process_first():  # so that one process makes the folder and the others find it
+        return work_folder(root, name, first, random=random)
+
+
+def _run(
+    runner: Runner,
+    chosen: Mapping[str, Attack],
+    threat: ThreatModel,
+    images: ImageData,
+    surrogate: nn.Module | None,
+    everything: bool,
+    sweep: Sequence[float],
+) -> None:
+    """Every attack on the samples that it has to see, cheap ones first."""
+    standing = runner.clean()
+    for name, attack in chosen.items():
+        runner.run(Column(name, attack, threat, () if attack.judged_on_all else ("clean",)))
+    if everything:
+        transfer = choose_attacks(["transfer"])["transfer"] if surrogate is not None else None
+        attack = _with_surrogate({"transfer": transfer}, surrogate)["transfer"] if transfer else None
+        for column in check_columns(threat, images.shape, attack):
+            runner.run(column)
+    for eps in sweep:  # upwards: what falls at one eps falls at every larger one
+        for name, attack in chosen.items():
+            wider = ThreatModel(norm=threat.norm, eps=eps)
+            standing = runner.run(Column(_sweep_column(eps, name), attack, wider), start=standing)
+
+
+def _sweep_column(eps: float, attack: str) -> str:
+    return f"eps:{eps:.10g}/{attack}"
+
+
+def _with_surrogate(attacks: Mapping[str, Attack], surrogate: nn.Module | None) -> dict[str, Attack]:
+    from crdnd.attacks.transfer import Transfer
+
+    found = dict(attacks)
+    for name, attack in attacks.items():
+        if isinstance(attack, Transfer) and attack.surrogate is None:
+            if surrogate is None:
+                raise InputError(f"{name}: this attack needs another model; give one with --surrogate.")
+            surrogate = surrogate.eval()
+            found[name] = dataclasses.replace(attack, surrogate=surrogate, surrogate_sha256=weights_sha256(surrogate))
+    return found
+
+
+def _lets_gradients_through(model: nn.Module, images: ImageData) -> bool:
+    """Whether autograd knows of any way from the images to the logits, be it a wrong one."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    x, _ = images.batch(torch.arange(min(2, len(images)), device=images.x.device))
+    x = x.to(device).requires_grad_(True)
+    with evaluating(model), torch.enable_grad():
+        total = model(x).sum()
+    if not total.requires_grad:
+        return False
+    (gradient,) = cast("tuple[Tensor | None]", torch.autograd.grad(total, x, allow_unused=True))
+    return gradient is not None
+
+
 def make_protocol(
-    data: ImageData, threat: ThreatModel, attacks: Sequence[str], seed: int = 0, split: str = "test"
+    data: ImageData,
+    threat: ThreatModel,
+    attacks: Sequence[str] | Mapping[str, Any],
+    seed: int = 0,
+    split: str = "test",
 ) -> Protocol:
-    """The protocol that `evaluate` follows with these arguments."""
-    if not attacks:
-        raise InputError(f"attacks: name at least one of {', '.join(attack_names())}.")
+    """The protocol that `evaluate` follows with these arguments on a model that has gradients."""
+    return _protocol(data, threat, choose_attacks(attacks), seed, split, (), checks=False)
+
+
+def _protocol(
+    data: ImageData,
+    threat: ThreatModel,
+    attacks: Mapping[str, Attack],
+    seed: int,
+    split: str,
+    eps_sweep: Sequence[float],
+    checks: bool,
+) -> Protocol:
     return Protocol(
         data=data.name,
         data_sha256=data.sha256,
@@ -105,8 +257,11 @@ def make_protocol(
         n=len(data),
         norm=threat.norm,
         eps=threat.eps,
-        attacks={name: load_attack(name).settings() for name in attacks},
+        attacks={name: attack.settings() for name, attack in attacks.items()},
+        eps_sweep=tuple(sorted(ThreatModel(norm=threat.norm, eps=eps).eps for eps in eps_sweep)),
+        checks=checks,
         seed=seed,
+        precision="float64" if data.x.dtype == torch.float64 else "float32, TF32 off",
     ).with_fingerprint()
 
 
@@ -128,8 +283,32 @@ def combine(results: Sequence[Results]) -> Results:
     return Results(schema="crdnd.results/1", protocol=results[0].protocol, rows=rows)
 
 
-def _count(verdict: Tensor) -> Count:
-    return Count(correct=int(verdict.sum()), n=len(verdict))
+def _of_all_processes(verdicts: Mapping[str, Tensor], state: PartialState) -> dict[str, Tensor]:
+    """Every process's verdicts put together: each sample was attacked by one of them."""
+    if state.num_processes == 1:
+        return dict(verdicts)
+    names = sorted(verdicts)
+    together = torch.stack([verdicts[name] for name in names]).to(torch.int32) + 1  # not run counts 0 in a sum
+    torch.distributed.all_reduce(together)
+    return dict(zip(names, (together - 1).to(torch.int8), strict=True))
+
+
+def _count(right: Tensor) -> Count:
+    return Count(correct=int(right.sum()), n=len(right))
+
+
+def _per_class(data: ImageData, clean: Tensor, stands: Tensor) -> dict[str, ClassCounts]:
+    found: dict[str, ClassCounts] = {}
+    for label, name in enumerate(data.class_names):
+        members = data.y == label
+        if bool(members.any()):
+            found[name] = ClassCounts(clean=_count(clean[members]), worst_case=_count(stands[members]))
+    return found
+
+
+def _text(verdicts: Tensor) -> str:
+    characters = {STANDS: RIGHT, FELL: WRONG}
+    return "".join(characters.get(value, NOT_RUN) for value in verdicts.tolist())
 
 
 @dataclass(frozen=True)

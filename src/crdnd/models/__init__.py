@@ -2,6 +2,7 @@
 
 from crdnd import registry
 from crdnd.models._base import Architecture, Normalized, create_model, evaluating, parameter_count
+from crdnd.models._exported import ExportedModel
 from crdnd.models._folder import (
     ModelCard,
     is_model_folder,
@@ -9,21 +10,25 @@ from crdnd.models._folder import (
     load_tensors,
     parse_tensors,
     read_card,
-    resolve_model,
     save_model,
     state,
     weights_sha256,
 )
+from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
 
 __all__ = [
     "Architecture",
+    "ExportedModel",
     "ModelCard",
     "Normalized",
+    "OnnxModel",
     "create_model",
     "evaluating",
+    "has_gradients",
     "is_model_folder",
     "load_model",
     "load_tensors",
+    "load_weights",
     "model_names",
     "parameter_count",
     "parse_tensors",

@@ -1,7 +1,5 @@
 """Model folders: `model.safetensors` with the weights and `model.json` with everything else. Nothing in them is run."""
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,8 +53,12 @@ def weights_bytes(model: nn.Module) -> bytes:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """The identity of a model's weights: the SHA-256 of its weights file."""
-    return sha256(weights_bytes(model))
+    """The identity of a model's weights: the SHA-256 of its weights file.
+
+    A model that was read from a foreign file, such as ONNX, may keep no state; it is known by the bytes of that file.
+    """
+    of_file: str | None = getattr(model, "file_sha256", None)
+    return of_file or sha256(weights_bytes(model))
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -165,25 +167,3 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str, way_
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(tensors[key])
-
-
-def resolve_model(spec: str) -> nn.Module:
-    """What MODEL means on the command line: a model folder, a `.safetensors` file, or `package.module:factory`.
-
-    The factory is the user's own code and is called without arguments; paths never run code.
-    """
-    module_name, colon, factory_name = spec.partition(":")
-    if not colon or Path(spec).exists():
-        return load_model(spec)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's module usually lies here
-    try:
-        factory: Any = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InputError(f"{spec}: cannot be imported ({error}).") from None
-    if not callable(factory) or isinstance(factory, nn.Module):
-        raise InputError(f"{spec}: must be a function that returns the model, got {type(factory).__name__}.")
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}.")
-    return model

@@ -1,0 +1,102 @@
+"""What an attack is: rounds that are run one after the other on whatever still stands."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from crdnd.random import Stream
+from crdnd.threat import ThreatModel
+
+Classifier = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] -> logits (B, K)."""
+
+PerSampleLoss = Callable[[Tensor], Tensor]
+"""Inputs (B, ...) -> one loss per sample (B,), to be maximised."""
+
+Search = Callable[[Classifier, Tensor, Tensor, ThreatModel, Stream], Tensor]
+"""(model, x (B, C, H, W), y (B,), threat, draws) -> legal inputs (B, C, H, W), each sample on its own."""
+
+
+def input_gradient(total: Tensor, x: Tensor) -> Tensor:
+    """d total / d x; zeros where the model lets no gradient through, which a check then names."""
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(total, x, allow_unused=True, materialize_grads=True)
+    return gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One restart, one target class, or the whole of an attack that has neither."""
+
+    attack: str
+    index: int
+    search: Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A named attack with everything fixed; `dataclasses.replace` makes another one of it."""
+
+    name: str = ""
+    """The registry's key."""
+    summary: str
+    paper: str
+
+    judged_on_all: ClassVar[bool] = False
+    """Whether it runs on misclassified images too and is judged by its last iterate, as the tables' attacks are."""
+    needs_gradients: ClassVar[bool] = True
+
+    @abstractmethod
+    def rounds(self, num_classes: int) -> list[Round]:
+        """What is run, in this order, each on the samples that the ones before left standing."""
+
+    def notes(self, num_classes: int) -> list[str]:
+        """What a reader must know about this attack on so many classes; usually nothing."""
+        return []
+
+    def settings(self) -> dict[str, Any]:
+        """What the attack is, for the protocol of a result."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: _plain(value) for key, value in values.items() if key not in ("name", "summary", "paper")}
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream) -> Tensor:
+        """Adversarial inputs for a batch.
+
+        Args:
+            model: images in [0, 1] -> logits; its modes are the caller's business, no gradient stays behind in it.
+            x: natural images (B, C, H, W) in [0, 1].
+            y: labels, int64 (B,).
+            threat: the set the result stays in.
+            stream: draws, one row for each sample.
+
+        Returns:
+            (B, C, H, W), detached and legal. Where no adversarial input was found: the last one tried by an attack
+            that is judged at its last iterate, else the natural image.
+        """
+        x = x.detach()
+        with torch.no_grad():
+            logits = model(x)
+        standing = logits.argmax(1) == y
+        x_adv = x.clone()
+        for number, part in enumerate(self.rounds(logits.shape[1])):
+            everything = self.judged_on_all and number == 0
+            rows = torch.arange(len(x), device=x.device) if everything else standing.nonzero()[:, 0]
+            if not len(rows):
+                break
+            found = part.search(model, x[rows], y[rows], threat, stream.take(rows).child(part.attack, part.index))
+            with torch.no_grad():
+                standing[rows] = model(found).argmax(1) == y[rows]
+            kept = slice(None) if self.judged_on_all else ~standing[rows]
+            x_adv[rows[kept]] = found[kept]
+        return x_adv
+
+
+def _plain(value: Any) -> str | int | float | bool:
+    if isinstance(value, str | int | float | bool):
+        return value
+    return value.__name__ if callable(value) else str(value)

@@ -1,0 +1,187 @@
+"""Square, Andriushchenko et al. 2020 (arXiv 1912.00049): random search with squares, no gradients, 5,000 queries.
+
+linf: a random square of the image is set to a random corner of the ball, channel by channel, and kept if the margin
+rises. l2: the perturbation of one window is moved to another one, as a bump. The size of the squares shrinks with the
+queries. The last part of AutoAttack.
+
+Differs from the official code: every sample has its own squares, drawn over all places (the official code shares one
+square in a batch and never draws the last row and column), so that a verdict does not depend on the batch.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from crdnd.attacks._base import Attack, Classifier, Round
+from crdnd.losses import margin
+from crdnd.random import Stream
+from crdnd.threat import ThreatModel
+
+SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""After each of these queries the share of the image that a square covers is halved."""
+BLOCK = 64
+"""Queries whose draws are made at once: a draw costs far less than the call that makes it."""
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Attack):
+    """The attack with its constants."""
+
+    queries: int = 5000
+    first_share: float = 0.8
+    """Of the image, that the first squares cover: p of the paper."""
+    restarts: int = 1
+
+    needs_gradients: ClassVar[bool] = False
+
+    def rounds(self, num_classes: int) -> list[Round]:
+        """One for each restart."""
+        return [Round(self.name, restart, self._search) for restart in range(self.restarts)]
+
+    def _search(self, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream) -> Tensor:
+        start, propose = (_stripes, _square) if threat.norm == "linf" else (_bumps, _move)
+        result, index = x.clone(), torch.arange(len(x), device=x.device)
+        best = start(x, threat.eps, stream)
+        highest = _margin(model, best, y)
+        draws = torch.empty(0)
+        for query in range(self.queries):
+            fooled = highest >= 0
+            if fooled.any():
+                result[index[fooled]] = best[fooled]
+                rows = ~fooled
+                index, x, y, best, highest = (value[rows] for value in (index, x, y, best, highest))
+                draws = draws[rows] if query % BLOCK else draws
+            if not len(index):
+                return result
+            if query % BLOCK == 0:
+                shape = (BLOCK, _DRAWS + 2 * x.shape[1])
+                draws = stream.take(index).child("squares", query).uniform(shape)
+            x_new = propose(x, best, threat.eps, self.share(query), draws[:, query % BLOCK])
+            value = _margin(model, x_new, y)
+            better = (value > highest) | (value >= 0)
+            best[better], highest[better] = x_new[better], value[better]  # few rows, most queries raise nothing
+        result[index] = best
+        return result
+
+    def share(self, query: int) -> float:
+        """The share of the image that a square covers in this query, counted from 0."""
+        return self.first_share / 2 ** sum(query > bound for bound in SCHEDULE)
+
+
+def _margin(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return margin(model(x), y)
+
+
+_DRAWS = 5
+"""Uniform numbers of a query besides two for each channel: four for corners, one for the bump's direction."""
+
+
+def _signs(uniform: Tensor) -> Tensor:
+    return torch.where(uniform < 0.5, -1.0, 1.0)
+
+
+def _window(corner: Tensor, size: int, extent: int) -> Tensor:
+    """Which places of an axis a window covers; corner uniform in [0, 1). (B,) -> bool (B, extent)."""
+    first = (corner * (extent - size + 1)).long()[:, None]
+    places = torch.arange(extent, device=corner.device)
+    return (places >= first) & (places < first + size)
+
+
+def _stripes(x: Tensor, eps: float, stream: Stream) -> Tensor:
+    """The start under linf: vertical stripes at the faces of the ball."""
+    signs = _signs(stream.child("stripes").uniform((x.shape[1], 1, x.shape[3]), x.dtype)).to(x.dtype)
+    return (x + eps * signs).clamp(0, 1)
+
+
+def _square(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> Tensor:
+    """The best point so far with one square set to a corner of the ball."""
+    channels, height, width = x.shape[1:]
+    size = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+    rows, columns = _window(draws[:, 0], size, height), _window(draws[:, 1], size, width)
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    signs = _signs(draws[:, _DRAWS : _DRAWS + channels]).to(x.dtype)[:, :, None, None]
+    return torch.where(inside, (x + eps * signs).clamp(0, 1), best)
+
+
+@functools.cache
+def _bump(size: int) -> Tensor:
+    """Two opposite hills of nested rectangles side by side, length 1, float64 (size, size)."""
+
+    def hill(height: int, width: int) -> Tensor:
+        places = torch.zeros(height, width, dtype=torch.float64)
+        top, left = height // 2, width // 2
+        for ring in range(max(top, left) + 1):
+            across = slice(max(left - ring, 0), left + ring + 1)
+            places[max(top - ring, 0) : top + ring + 1, across] += 1 / (ring + 1) ** 2
+        return places / places.norm().clamp(min=_TINY)
+
+    upper = size // 2
+    halves = [hill(upper, size), -hill(size - upper, size)] if upper else [-hill(size, size)]
+    bump = torch.cat(halves)
+    return bump / bump.norm()
+
+
+def _bumps(x: Tensor, eps: float, stream: Stream) -> Tensor:
+    """The start under l2: bumps of random sign on a grid of about 5 x 5."""
+    channels, height, width = x.shape[1:]
+    size = max(min(height, width) // 5, 1)
+    down, across = height // size, width // size
+    draws = stream.child("bumps").uniform((channels + 1, down * across), x.dtype)
+    signs, turned = _signs(draws[:, :channels]).to(x.dtype), draws[:, channels] < 0.5
+    bump = _bump(size).to(x)
+    delta = torch.zeros_like(x)
+    top, left = (height - down * size) // 2, (width - across * size) // 2
+    for tile in range(down * across):
+        i, j = top + tile // across * size, left + tile % across * size
+        shape = torch.where(turned[:, None, None, tile, None], bump.T, bump)
+        delta[:, :, i : i + size, j : j + size] = signs[:, :, tile, None, None] * shape
+    return (x + eps * _unit(delta, (1, 2, 3))).clamp(0, 1)
+
+
+def _move(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> Tensor:
+    """The best point so far with the perturbation of one window moved to another one, as a bump."""
+    channels, height, width = x.shape[1:]
+    size = max(round(math.sqrt(share * height * width)), 3)
+    size = min(size + 1 - size % 2, height, width)
+    delta = best - x
+    top, left = (draws[:, :2] * draws.new_tensor([height - size + 1, width - size + 1])).long().unbind(1)
+    offsets = torch.arange(size, device=x.device)
+    rows, columns = top[:, None] + offsets, left[:, None] + offsets
+    sample = torch.arange(len(x), device=x.device)[:, None, None]
+    to = (sample, slice(None), rows[:, :, None], columns[:, None, :])
+    from_rows, from_columns = _window(draws[:, 2], size, height), _window(draws[:, 3], size, width)
+    away = (from_rows[:, :, None] & from_columns[:, None, :])[:, None]
+    to_mask = _span(top, size, height)[:, None, :, None] & _span(left, size, width)[:, None, None, :]
+    mass = (delta.square() * (away | to_mask)).sum((2, 3), keepdim=True)
+    spare = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
+    signs = _signs(draws[:, _DRAWS : _DRAWS + channels]).to(x.dtype)[:, :, None, None]
+    bump = _bump(size).to(x)
+    shape = torch.where((draws[:, 4] < 0.5)[:, None, None], bump.T, bump)[:, None]
+    # Indexing with arrays around a slice puts the arrays' axes first: (B, size, size, C).
+    old = _unit(delta[to].permute(0, 3, 1, 2), (2, 3))
+    new = _unit(shape * signs + old, (2, 3)) * (spare / channels + mass).sqrt()
+    delta = torch.where(away, torch.zeros_like(delta), delta)
+    delta[to] = new.permute(0, 2, 3, 1)
+    return (x + eps * _unit(delta, (1, 2, 3))).clamp(0, 1)
+
+
+def _span(first: Tensor, size: int, extent: int) -> Tensor:
+    places = torch.arange(extent, device=first.device)
+    return (places >= first[:, None]) & (places < first[:, None] + size)
+
+
+def _unit(z: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Length 1 over these axes; zeros stay zeros."""
+    return z / z.square().sum(axes, keepdim=True).sqrt().clamp(min=_TINY)
+
+
+ATTACK = Square(
+    summary="random search with squares, 5,000 queries, no gradients",
+    paper="Andriushchenko et al. 2020, arXiv 1912.00049",
+)

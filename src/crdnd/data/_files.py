@@ -1,0 +1,307 @@
+"""Images for evaluation from files: an .npz, a folder with a subfolder per class, or CIFAR's binary records."""
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crdnd.data._base import ImageData
+from crdnd.errors import InputError
+
+LAYOUTS = (
+    "an .npz file with x and y, a folder with a subfolder of images per class, or CIFAR's binary files "
+    "(test_batch.bin or test.bin)"
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+# Named, because Pillow also knows formats that other programs are started for.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+GREY, GREY_16 = ("1", "L", "LA", "La"), ("I", "I;16", "I;16B", "I;16L", "I;16N")
+COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """A binary layout: records of labels followed by 32x32 planes of red, green and blue."""
+
+    name: str
+    labels: tuple[int, ...]
+    """How many values each label byte has; the last one is the class."""
+    test: str
+    """The file with the test images."""
+    names: str
+    """The file with the classes' names, which may be missing."""
+    folder: str
+    """What the archive unpacks to."""
+
+    @property
+    def record(self) -> int:
+        """Bytes per image."""
+        return len(self.labels) + 3 * 32 * 32
+
+
+CIFAR10 = _Cifar("CIFAR-10", (10,), "test_batch.bin", "batches.meta.txt", "cifar-10-batches-bin")
+CIFAR100 = _Cifar("CIFAR-100", (20, 100), "test.bin", "fine_label_names.txt", "cifar-100-binary")
+
+
+def read_images(path: str | Path) -> ImageData:
+    """Read evaluation data from a path; what it is follows from what lies there.
+
+    - `.npz`: images under `x` or `images`, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or floating point in [0, 1];
+      labels (N,) under `y` or `labels`; optionally `class_names`, and `layout` ("NCHW" or "NHWC") where the shape does
+      not tell which one it is.
+    - A folder with a subfolder per class, in the order of their sorted names; of the splits train, val and test, the
+      test folder is read. Images of one size; grey if all of them are, otherwise RGB; 16 bits become 8 and
+      transparency is dropped. The classes take turns, so that the first n images are a fair sample.
+    - CIFAR-10 and CIFAR-100 in their binary version: the folder, the one above it, or one `.bin` file.
+
+    Raises:
+        InputError: there is nothing of this kind, or something in it is damaged or does not fit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder.")
+    if path.is_dir():
+        return _read_folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return _read_npz(path)
+    if suffix == ".bin":
+        return _read_cifar(path, CIFAR100 if path.stem in ("train", "test") else CIFAR10, path.stem)
+    raise InputError(f"{path}: is no data that can be read; give {LAYOUTS}.")
+
+
+def _read_folder(folder: Path) -> ImageData:
+    for layout in (CIFAR10, CIFAR100):
+        for place in (folder, folder / layout.folder):
+            if (place / layout.test).is_file():
+                return _read_cifar(place / layout.test, layout, _name(folder))
+    for pickled in ("cifar-10-batches-py", "cifar-100-python"):
+        if folder.name == pickled or (folder / pickled).is_dir():
+            raise InputError(
+                f"{folder}: holds CIFAR's Python version, which is pickled and never loaded; get the binary version."
+            )
+    return _read_image_folder(folder)
+
+
+def _name(path: Path) -> str:
+    """What results call the data of a folder, also of '.' and '..'."""
+    return path.resolve().name or "data"
+
+
+# --- .npz -------------------------------------------------------------------------------------------------------------
+
+
+def _read_npz(file: Path) -> ImageData:
+    arrays = _npz_arrays(file)
+    x, y = _one_of(file, arrays, "x", "images"), _one_of(file, arrays, "y", "labels")
+    if y.dtype.kind not in "iu":
+        raise InputError(f"{file}: labels must be integers 0 .. K-1, got {y.dtype}.")
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if x.dtype == np.uint8:
+        pixels = torch.from_numpy(np.ascontiguousarray(x))
+    elif x.dtype.kind == "f":
+        pixels = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    else:
+        raise InputError(f"{file}: images must be uint8 in 0 .. 255 or floating point in [0, 1], got {x.dtype}.")
+    pixels = _channels_first(file, pixels, arrays.get("layout"))
+    labels = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
+    names = _class_names(file, arrays.get("class_names"))
+    return ImageData(pixels.contiguous(), labels, len(names), names, file.stem)
+
+
+def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of the file; pickled objects are refused, not loaded."""
+    try:
+        # Opened here, because numpy leaves the file open where it turns out to be damaged.
+        with file.open("rb") as handle:
+            content = np.load(handle, allow_pickle=False)
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise InputError(f"{file}: holds a single array; write it with numpy.savez(file, x=images, y=labels).")
+            with content:
+                return {key: content[key] for key in content.files}
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        if "pickle" in str(error):
+            raise InputError(
+                f"{file}: holds pickled objects, which may contain code and are never loaded; "
+                "save plain arrays of numbers."
+            ) from None
+        raise InputError(f"{file}: is not a readable .npz file ({_first_line(error)}); copy it again.") from None
+
+
+def _one_of(file: Path, arrays: dict[str, NDArray[Any]], short: str, long: str) -> NDArray[Any]:
+    found = [arrays[key] for key in (short, long) if key in arrays]
+    if len(found) == 2:
+        raise InputError(f"{file}: has both {short} and {long}; keep one of them.")
+    if not found:
+        raise InputError(f"{file}: has no array {short} or {long}, only {', '.join(sorted(arrays)) or 'nothing'}.")
+    return found[0]
+
+
+def _channels_first(file: Path, x: torch.Tensor, layout: NDArray[Any] | None) -> torch.Tensor:
+    """Images as (N, C, H, W), or an InputError where the shape does not say which dimension the channels are."""
+    shape = tuple(x.shape)
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim != 4:
+        raise InputError(f"{file}: images must have shape (N, C, H, W), (N, H, W, C) or (N, H, W), got {shape}.")
+    if layout is not None:
+        if str(layout) not in ("NCHW", "NHWC"):
+            raise InputError(f"{file}: layout must be 'NCHW' or 'NHWC', got {str(layout)!r:.40}.")
+        last = str(layout) == "NHWC"
+    elif (shape[1] in (1, 3)) == (shape[3] in (1, 3)):
+        raise InputError(
+            f"{file}: images of shape {shape} may be (N, C, H, W) or (N, H, W, C); "
+            "add layout='NCHW' or layout='NHWC' to numpy.savez."
+        )
+    else:
+        last = shape[3] in (1, 3)
+    return x.movedim(3, 1) if last else x
+
+
+def _class_names(file: Path, names: NDArray[Any] | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise InputError(f"{file}: class_names must be a plain array of strings, got {names.dtype} {names.shape}.")
+    return tuple(str(name) for name in names)
+
+
+# --- A folder of images -----------------------------------------------------------------------------------------------
+
+
+def _read_image_folder(folder: Path) -> ImageData:
+    classes = _subfolders(folder)
+    names = {entry.name.lower() for entry in classes}
+    if names and names <= SPLITS:
+        tests = [entry for entry in classes if entry.name.lower() == "test"]
+        if not tests:
+            raise InputError(f"{folder}: has {', '.join(sorted(names))} but no test; give the folder to be evaluated.")
+        classes = _subfolders(tests[0])
+    if not classes:
+        raise InputError(f"{folder}: has no subfolders; give {LAYOUTS}.")
+    members = [list(_image_files(entry)) for entry in classes]
+    # First the first of every class, then the second: an evaluation may take only the first n.
+    turns = sorted((turn, label) for label, files in enumerate(members) for turn in range(len(files)))
+    if not turns:
+        raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
+    x = _read_all([members[label][turn] for turn, label in turns])
+    y = torch.tensor([label for _, label in turns])
+    return ImageData(x, y, len(classes), tuple(entry.name for entry in classes), _name(folder))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}).") from None
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """The images in a folder and below it, sorted; other kinds of files and hidden ones are passed over."""
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder).parts
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not any(_hidden(part) for part in inside):
+            yield file
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _read_all(files: list[Path]) -> torch.Tensor:
+    """Images of one size as uint8 (N, 1 or 3, H, W)."""
+    arrays: list[Bytes] = []
+    for file in files:
+        array = _read_image(file)
+        if arrays and array.shape[:2] != arrays[0].shape[:2]:
+            (height, width), (first_height, first_width) = array.shape[:2], arrays[0].shape[:2]
+            raise InputError(
+                f"{file}: is {width}x{height}, but {files[0]} is {first_width}x{first_height}; "
+                "bring all images to one size."
+            )
+        arrays.append(array)
+    channels = max(array.shape[2] for array in arrays)
+    x = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
+    for place, array in zip(x, arrays, strict=True):
+        place[:] = array.transpose(2, 0, 1)  # one grey plane fills all three
+    return torch.from_numpy(x)
+
+
+def _read_image(file: Path) -> Bytes:
+    """One image as uint8 (H, W, 1) if its file is grey, otherwise (H, W, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.mode in GREY:
+                return np.array(image.convert("L"))[:, :, None]
+            if image.mode in GREY_16:
+                return _from_16_bits(np.array(image), file)
+            if image.mode not in COLOUR:
+                raise InputError(f"{file}: has pixels of the kind {image.mode}; save it as 8-bit grey or RGB.")
+            # Through RGBA, because Pillow warns of palettes with transparency otherwise.
+            return np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file}: is not a readable image ({_first_line(error)}).") from None
+
+
+def _from_16_bits(values: NDArray[Any], file: Path) -> Bytes:
+    wide = values.astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise InputError(f"{file}: has pixels beyond 16 bits; save it as 8-bit grey or RGB.")
+    return ((wide + 128) // 257).astype(np.uint8)[:, :, None]
+
+
+# --- CIFAR's binary version -------------------------------------------------------------------------------------------
+
+
+def _read_cifar(file: Path, layout: _Cifar, name: str) -> ImageData:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    if not data or len(data) % layout.record:
+        raise InputError(
+            f"{file}: has {len(data)} bytes, which is no multiple of {layout.name}'s {layout.record} bytes per image; "
+            "it is truncated or damaged."
+        )
+    records = np.frombuffer(data, dtype=np.uint8).reshape(-1, layout.record).copy()
+    for column, count in enumerate(layout.labels):
+        if (worst := int(records[:, column].max())) >= count:
+            raise InputError(
+                f"{file}: has the label {worst}, but {layout.name} has labels 0 .. {count - 1}; it is damaged."
+            )
+    skip = len(layout.labels)
+    x = torch.from_numpy(records[:, skip:].reshape(-1, 3, 32, 32))
+    y = torch.from_numpy(records[:, skip - 1].astype(np.int64))
+    return ImageData(x, y, layout.labels[-1], _cifar_names(file.parent / layout.names, layout), name)
+
+
+def _cifar_names(file: Path, layout: _Cifar) -> tuple[str, ...]:
+    if not file.is_file():
+        return ()
+    try:
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({_first_line(error)}).") from None
+    if len(names) != layout.labels[-1]:
+        raise InputError(f"{file}: has {len(names)} names for the {layout.labels[-1]} classes of {layout.name}.")
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

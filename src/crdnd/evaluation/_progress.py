@@ -1,0 +1,121 @@
+"""What an evaluation has found so far: one small file for each batch, so that a kill costs a batch at most."""
+
+import itertools
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from crdnd.errors import InputError
+from crdnd.io import atomic_write_bytes, make_folder
+
+SUFFIX = ".chunk.safetensors"
+PROBE = "probe.safetensors"
+SAME = 1e-3
+"""Largest relative difference of two computations of one model, at other thread counts or on other devices."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round of an attack did to one batch."""
+
+    step: str
+    """Which round of which attack."""
+    ids: Tensor
+    """int64 (B,)."""
+    stands: Tensor
+    """bool (B,)."""
+    adversarial: Tensor | None
+    """The images of those that fell, where they are kept."""
+
+
+class Progress:
+    """The chunks of one evaluation, in a folder of their own, or in memory only."""
+
+    def __init__(self, folder: Path | None, writer: int = 0) -> None:
+        self.folder = folder
+        self._names = (f"{writer}-{os.getpid()}-{number}" for number in itertools.count())
+        self.found: dict[str, list[Chunk]] = {}
+        if folder is not None:
+            make_folder(folder)
+            for chunk in _chunks(folder):
+                self.found.setdefault(chunk.step, []).append(chunk)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there was anything from before."""
+        return bool(self.found)
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep a chunk, on disk first."""
+        if self.folder is not None:
+            tensors = {"ids": chunk.ids.cpu(), "stands": chunk.stands.to(torch.uint8).cpu()}
+            if chunk.adversarial is not None:
+                tensors["adversarial"] = chunk.adversarial.cpu().contiguous()
+            data = safetensors.torch.save(tensors, metadata={"step": chunk.step})
+            atomic_write_bytes(self.folder / f"{next(self._names)}{SUFFIX}", data)
+        self.found.setdefault(chunk.step, []).append(chunk)
+
+    def reload(self) -> None:
+        """Read what other processes have added."""
+        if self.folder is not None:
+            self.found = {}
+            for chunk in _chunks(self.folder):
+                self.found.setdefault(chunk.step, []).append(chunk)
+
+
+def _chunks(folder: Path) -> Generator[Chunk]:
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                step = (file.metadata() or {})["step"]
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield Chunk(step, tensors["ids"], tensors["stands"].bool(), tensors.get("adversarial"))
+        except (SafetensorError, KeyError, OSError) as error:
+            raise InputError(f"{path}: is damaged ({error}); delete it, its batch is then attacked again.") from None
+
+
+def work_folder(root: Path, name: str, probe: tuple[Tensor, Tensor], *, random: bool) -> Path:
+    """Where the verdicts of one model under one protocol are kept.
+
+    Weights do not tell two models apart whose code differs, such as one with a softmax and one without. So a folder
+    also remembers what its model answers to a few images, and a model that answers otherwise gets a folder of its own.
+
+    Args:
+        root: the folder of all evaluations; may not exist yet.
+        name: of the data, the weights and the protocol.
+        probe: logits and input gradients of a few images.
+        random: whether the model never answers twice the same, so that its answers cannot tell it apart.
+    """
+    answers = {"logits": probe[0].detach().cpu().contiguous(), "gradients": probe[1].detach().cpu().contiguous()}
+    for number in itertools.count(1):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        known = _read(folder / PROBE)
+        if known is None:
+            make_folder(folder)
+            atomic_write_bytes(folder / PROBE, safetensors.torch.save(answers))
+            return folder
+        if random or all(_close(known.get(key), value) for key, value in answers.items()):
+            return folder
+    raise AssertionError("itertools.count ends only when a folder is found")
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError):
+        return None
+
+
+def _close(known: Tensor | None, value: Tensor) -> bool:
+    if known is None or known.shape != value.shape:
+        return False
+    # NaN is a possible answer; it must be given in the same places.
+    known, value = known.nan_to_num(1e30), value.nan_to_num(1e30)
+    return bool((known - value).norm() <= SAME * value.norm())

@@ -1,0 +1,222 @@
+"""Models from elsewhere: what MODEL means, weights files of others, and ONNX files. No file's code is ever run."""
+
+import importlib
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crdnd.errors import InputError
+from crdnd.io import sha256
+from crdnd.models._exported import check_image_shape, in_parts, read_exported
+from crdnd.models._folder import load_model, load_tensors, parse_tensors
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+NESTED = ("state_dict", "model", "model_state_dict", "net")
+WAY_OUT = "use the weights of this very architecture"
+CONVERT = "where you trust its source, convert it: safetensors.torch.save_file(model.state_dict(), 'x.safetensors')"
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module: images (B, C, H, W) -> logits (B, K), float32, on the CPU, without gradients.
+
+    It has no parameters. Its first output is taken for the logits; a fixed batch size is served in padded parts.
+    """
+
+    provides_gradients = False
+
+    def __init__(self, file: Path) -> None:
+        """Open the file; an InputError says why it cannot be used."""
+        super().__init__()
+        runtime = _onnxruntime()
+        self.file_sha256 = _onnx_sha256(file)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4  # the error that is raised says it all
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's errors have no base class of their own
+            raise InputError(f"{file}: is not a readable ONNX model ({_first_line(error)}).") from None
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(entry.name for entry in inputs)
+            raise InputError(f"{file}: needs {len(inputs)} inputs ({names}); export a model of images alone.")
+        self._input = inputs[0]
+        self._sizes = tuple(size if isinstance(size, int) else None for size in self._input.shape)
+        if self._input.type != "tensor(float)" or len(self._sizes) != 4:
+            raise InputError(
+                f"{file}: takes a {self._input.type} of {len(self._sizes)} dimensions; "
+                "export a model of images (B, C, H, W) in float32."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images in [0, 1], detached, on the device of the images."""
+        check_image_shape(x, self._sizes)
+        return in_parts(self._run, x.detach().to("cpu", torch.float32), self._sizes[0]).to(x.device)
+
+    def _run(self, x: Tensor) -> Tensor:
+        first = self._session.get_outputs()[0].name
+        try:
+            (logits,) = self._session.run([first], {self._input.name: x.contiguous().numpy()})
+        except Exception as error:  # as above
+            raise RuntimeError(f"onnxruntime: {_first_line(error)}") from error
+        return torch.as_tensor(logits)
+
+
+def has_gradients(model: nn.Module) -> bool:
+    """Whether a model can be differentiated; False where it, or a part of it, is an `OnnxModel`."""
+    return all(getattr(module, "provides_gradients", True) for module in model.modules())
+
+
+def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
+    """What MODEL means on the command line; paths never run code.
+
+    Args:
+        spec: a model folder or its `.safetensors` file, an exported program (`.pt2`), an ONNX file (`.onnx`), or
+            `package.module:factory`, which is the user's own code and is called without arguments.
+        weights: for a factory, the file with the weights: `.safetensors`, or a `.pt`, `.pth`, `.bin` or `.ckpt` with a
+            state dict, or a folder that this package wrote.
+
+    Raises:
+        InputError: there is no such model, a file is damaged, contains code or belongs to another architecture.
+    """
+    path = Path(spec)
+    by_factory = ":" in spec and not path.exists()
+    if weights is not None and not by_factory:
+        raise InputError(
+            f"weights: belong to a model given as package.module:factory; {spec} is a file with weights of its own."
+        )
+    if by_factory:
+        model = _call_factory(spec)
+        return model if weights is None else load_weights(model, weights)
+    if not path.exists():
+        raise InputError(f"{spec}: there is no such model.")
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix in PICKLED:
+        raise InputError(
+            f"{spec}: is a file of weights without an architecture; "
+            f"give the model as package.module:factory and this file as --weights {spec}."
+        )
+    if suffix == ".pt2":
+        return read_exported(path)
+    if suffix == ".onnx":
+        return OnnxModel(path)
+    return load_model(spec)
+
+
+def load_weights(model: nn.Module, weights: str | Path) -> nn.Module:
+    """Put the weights of a file into a model, and return it in eval mode; names and shapes must agree exactly.
+
+    Args:
+        model: of the architecture that the weights belong to.
+        weights: as for `resolve_model`.
+    """
+    file = Path(weights)
+    if not file.exists():
+        raise InputError(f"{file}: there is no such weights file.")
+    if file.is_dir():
+        return load_model(file, model=model)
+    suffix = file.suffix.lower()
+    if suffix == ".safetensors":
+        tensors = parse_tensors(_read(file), file)
+    elif suffix in PICKLED:
+        tensors = _state_dict(_load_pickled(file), file)
+    else:
+        raise InputError(f"{file}: weights are read from .safetensors, {', '.join(PICKLED)} or a model folder.")
+    load_tensors(model, _without_prefix(tensors), str(file), WAY_OUT)
+    return model.eval()
+
+
+def _call_factory(spec: str) -> nn.Module:
+    module_name, _, factory_name = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's module usually lies here
+    try:
+        factory: Any = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(f"{spec}: cannot be imported ({error}).") from None
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise InputError(f"{spec}: must be a function that returns the model, got {type(factory).__name__}.")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}.")
+    return model
+
+
+def _load_pickled(file: Path) -> Any:
+    """The content of a torch file, by the loader that refuses everything except tensors and plain containers."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of, it also refuses
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file can raise nearly anything
+        if type(error).__name__ != "UnpicklingError" and "TorchScript" not in str(error):
+            raise InputError(f"{file}: is not a readable weights file ({_first_line(error)}); copy it again.") from None
+        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        raise InputError(f"{file}: holds pickled content{what} that may contain code, never run; {CONVERT}.") from None
+
+
+def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: the whole of it, or what lies under one of the usual keys."""
+    if _is_state_dict(content):
+        return content
+    keys = list(cast("dict[Any, Any]", content)) if isinstance(content, dict) else []
+    for key in NESTED:
+        if key in keys and _is_state_dict(content[key]):
+            return content[key]
+    found = f"the keys {', '.join(map(str, keys[:5]))}" if keys else type(content).__name__
+    raise InputError(
+        f"{file}: holds no state dict of tensors, neither at the top nor under {', '.join(NESTED)}: {found}."
+    )
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in cast("dict[Any, Any]", content).items()
+    )
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the 'module.' that DataParallel puts before all of them."""
+    if not tensors or not all(key.startswith("module.") for key in tensors):
+        return tensors
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def _onnxruntime() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError:
+        raise InputError('an .onnx model needs onnxruntime: pip install "crdnd[onnx]".') from None
+
+
+def _onnx_sha256(file: Path) -> str:
+    """The identity of an ONNX model: of its bytes, and of the files beside it that hold weights too large for it."""
+    data = _read(file)
+    digests = [sha256(data)]
+    # In the protobuf: the key "location", then the tag and the length of its value, a path relative to the model.
+    for entry in re.finditer(rb"\n\x08location\x12", data):
+        start = entry.end() + 1
+        name = data[start : start + data[entry.end()]].decode(errors="replace") if entry.end() < len(data) else ""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{file}: names weights outside its folder ({name}), which are not read.")
+        beside = file.parent / name
+        if beside.is_file() and (digest := sha256(_read(beside))) not in digests:
+            digests.append(digest)
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode())
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
