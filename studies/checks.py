@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/checks"), help="folder of runs and verdicts")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "checks.json")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0, help="2 for models that no threshold has seen")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     demo, out = read_yaml(DEMO), options.out
@@ -121,9 +122,11 @@ def main() -> None:
         values = merge(own, distilled, {"seed": seed, "model": {"name": "cnn", "width": width}})
         return run(f"{method}-{width}-{seed}", values, out)
 
-    honest = {f"{m}, width {w}, seed {s}": student(m, w, s) for m in HONEST for w, s in VARIANTS}
-    published = {f"crdnd, seed {seed}": student("crdnd", 8, seed) for seed in range(3)}
-    good = honest["pgd_at, width 8, seed 0"]
+    first: int = options.first_seed
+
+    honest = {f"{m}, width {w}, seed {s + first}": student(m, w, s + first) for m in HONEST for w, s in VARIANTS}
+    published = {f"crdnd, seed {seed}": student("crdnd", 8, seed) for seed in range(first, first + 3)}
+    good = honest[f"pgd_at, width 8, seed {first}"]
     broken = {name: Broken(good, change) for name, (change, _) in BROKEN.items()}
     found = {
         kind: [examine(model, name, teacher, out) for name, model in models.items()]
@@ -136,7 +139,8 @@ def main() -> None:
     document = {
         "schema": "crdnd.study/1",
         "study": "checks",
-        "command": "python studies/checks.py",
+        "command": f"python studies/checks.py --first-seed {first}",
+        "first_seed": first,
         "versions": package_versions(),
         "commit": commit(),
         "false_alarms": sum(bool(entry["suspicious"]) for entry in found["honest"]),

@@ -1,10 +1,12 @@
 """Shared by the tests: victims whose worst case is known, a network without batch norm, views, a recorder."""
 
+import dataclasses
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
+from crdnd.attacks import Attack, Classifier, Sequence, load_attack
 from crdnd.objectives import Views
 
 # No two of these are equal, so that an index or a mean over the wrong dimension cannot pass by luck.
@@ -18,6 +20,19 @@ def generator(seed: int = 0) -> torch.Generator:
 def images(count: int = BATCH, shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = torch.float64):
     """Uniform pixels, so that some lie within eps of the box's faces."""
     return torch.rand(count, *shape, generator=generator(seed), dtype=dtype)
+
+
+FEW = {"iterations": 5, "targets": 2, "queries": 20, "draws": 3, "search_steps": 2}
+
+
+def small_attack(attack: str | Attack, surrogate: Classifier | None = None) -> Attack:
+    """The attack with so few iterations that it takes no time, and with a surrogate where it needs one."""
+    attack = load_attack(attack) if isinstance(attack, str) else attack
+    if isinstance(attack, Sequence):
+        return dataclasses.replace(attack, parts=tuple(small_attack(part, surrogate) for part in attack.parts))
+    values = {**FEW, "surrogate": surrogate}
+    names = {field.name for field in dataclasses.fields(attack)}
+    return dataclasses.replace(attack, **{key: value for key, value in values.items() if key in names})
 
 
 class RankOneVictim(nn.Module):

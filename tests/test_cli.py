@@ -15,7 +15,7 @@ from crdnd import create_model, load_data, load_model
 from crdnd.attacks import attack_names
 from crdnd.cli import _main, main
 from crdnd.config import build
-from crdnd.evaluation import TABLE_ATTACKS, Results, load_adversarial, make_protocol
+from crdnd.evaluation import PRESETS, TABLE_ATTACKS, Results, load_adversarial, make_protocol
 from crdnd.models import model_names, weights_sha256
 from crdnd.objectives import objective_names
 from crdnd.threat import ThreatModel
@@ -138,6 +138,7 @@ def test_the_package_runs_as_a_module(tmp_path):
 LISTS: dict[str, tuple[set[str], Callable[[], list[str]]]] = {
     "objectives": ({"name", "needs_teacher", "paper"}, objective_names),
     "attacks": ({"name", "what", "paper"}, attack_names),
+    "presets": ({"name", "what", "attacks"}, lambda: list(PRESETS)),
     "models": ({"name", "what", "settings"}, model_names),
     "datasets": ({"name", "what", "licence", "citation"}, lambda: ["digits"]),
 }

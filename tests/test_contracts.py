@@ -28,7 +28,7 @@ from crdnd.objectives import (
 )
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
-from support import BATCH, CLASSES, FEATURES, SHAPE, Recorder, TinyNet, generator, images, random_views
+from support import BATCH, CLASSES, FEATURES, SHAPE, Recorder, TinyNet, generator, images, random_views, small_attack
 
 THREAT = ThreatModel(norm="linf", eps=0.1)
 IDS = torch.tensor([11, 5, 0, 77, 8, 300])
@@ -90,11 +90,20 @@ def test_an_unknown_method_is_refused_with_a_suggestion():
 # --- every attack -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threat", [THREAT, ThreatModel(norm="l2", eps=0.5)], ids=str)
+L2 = ThreatModel(norm="l2", eps=0.5)
+JUDGED_ON_ALL = [name for name in attack_names() if load_attack(name).judged_on_all]
+BEST_EFFORT = [name for name in attack_names() if name not in JUDGED_ON_ALL]
+
+
+def attacked(name, model, y, threat):
+    attack, x = small_attack(name, surrogate=model), images()
+    return x, attack(model, x, y, threat, Stream.of("test", ids=IDS))
+
+
+@pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
 @pytest.mark.parametrize("name", attack_names())
-def test_an_attack_returns_legal_images_that_raise_its_own_loss(name, threat):
-    attack, model, x = load_attack(name), TinyNet(), images()
-    x_adv = attack(model, x, LABELS, threat, Stream.of("test", ids=IDS))
+def test_an_attack_returns_legal_images(name, threat):
+    x, x_adv = attacked(name, TinyNet(), LABELS, threat)
     assert x_adv.shape == x.shape
     assert x_adv.dtype == x.dtype
     assert not x_adv.requires_grad
@@ -102,18 +111,69 @@ def test_an_attack_returns_legal_images_that_raise_its_own_loss(name, threat):
     size = delta.abs().amax(1) if threat.norm == "linf" else (delta**2).sum(1).sqrt()
     assert (size <= threat.eps + 1e-12).all()
     assert ((x_adv >= 0) & (x_adv <= 1)).all()
+
+
+@pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
+@pytest.mark.parametrize("name", JUDGED_ON_ALL)
+def test_an_attack_that_is_judged_on_all_images_raises_its_own_loss(name, threat):
+    model, attack = TinyNet(), load_attack(name)
+    x, x_adv = attacked(name, model, LABELS, threat)
     before, after = attack.loss(model(x), LABELS), attack.loss(model(x_adv), LABELS)
     assert before.shape == (BATCH,)
     assert (after > before).all()
 
 
+@pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
+@pytest.mark.parametrize("name", BEST_EFFORT)
+def test_every_other_attack_returns_what_fools_or_else_the_natural_image(name, threat):
+    model = TinyNet()
+    y = model(images()).argmax(1)
+    y[1] = (y[1] + 1) % CLASSES
+    x, x_adv = attacked(name, model, y, threat)
+    changed = (x_adv != x).flatten(1).any(1)
+    assert not changed[1], "what is wrong already is left alone"
+    assert (model(x_adv).argmax(1)[changed] != y[changed]).all()
+    if name != "uniform_noise":
+        assert changed.any()
+
+
+@pytest.mark.parametrize("name", BEST_EFFORT)
+def test_what_is_wrong_already_is_not_even_looked_at_by_a_search(name):
+    model = Recorder(TinyNet())
+    right = model.model(images()).argmax(1)
+    y = (right + 1) % CLASSES
+    x, x_adv = attacked(name, model, y, THREAT)
+    assert torch.equal(x_adv, x)
+    assert len(model.inputs) == 1
+    y[[0, 3]] = right[[0, 3]]
+    model.inputs.clear()
+    attacked(name, model, y, ThreatModel(eps=1e-9))
+    own = [z for z in model.inputs[1:] if z.shape[0] != BATCH]
+    assert {len(z) for z in own} == {2}
+    assert all(torch.equal((z - x[[0, 3]]).abs() < 1e-3, torch.ones_like(z, dtype=torch.bool)) for z in own)
+
+
+@pytest.mark.parametrize("name", attack_names())
+def test_an_attack_has_rounds_for_any_number_of_classes(name):
+    for classes in (2, 3, 10, 100):
+        rounds = load_attack(name).rounds(classes)
+        assert rounds
+        keys = [(part.attack, part.index) for part in rounds]
+        assert len(set(keys)) == len(keys), "two rounds would share their draws"
+        assert all(isinstance(note, str) for note in load_attack(name).notes(classes))
+
+
 @pytest.mark.parametrize("name", attack_names())
 def test_an_attack_says_what_it_is(name):
     attack, module = load_attack(name), importlib.import_module(f"crdnd.attacks.{name}")
+    assert attack.name == name
     assert attack.summary
     assert "arXiv" in attack.paper
-    assert attack.paper.split("arXiv ")[1] in (module.__doc__ or "")
-    assert set(attack.settings()) >= {"steps", "step", "start", "loss"}
+    document = module.__doc__ or ""
+    assert attack.paper.split("arXiv ")[1] in document or "the control" in document
+    assert attack.settings()
+    assert all(isinstance(value, str | int | float | bool) for value in attack.settings().values())
+    assert not {"name", "summary", "paper", "surrogate"} & set(attack.settings())
 
 
 # --- every method: its file -------------------------------------------------------------------------------------------

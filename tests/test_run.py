@@ -531,8 +531,13 @@ def test_a_model_that_cannot_be_used_is_named_in_one_line(name, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=f"^model: {message}"):
         train(make(), splits(), out=tmp_path / "run", **settings())
-    with pytest.raises(InputError, match=f"^model: {message}"):
-        evaluate(make(), part(COUNT), threat=THREAT)
+    if name == "probabilities":  # it can be attacked; a check then says what is wrong with it
+        (row,) = evaluate(make(), part(COUNT), threat=THREAT).rows
+        assert any(check.name == "probabilities" and check.suspicious for check in row.checks)
+        assert row.verdict.startswith("suspicious because probabilities: ")
+    else:
+        with pytest.raises(InputError, match=f"^model: {message}"):
+            evaluate(make(), part(COUNT), threat=THREAT)
     assert not (tmp_path / "run").exists()
 
 

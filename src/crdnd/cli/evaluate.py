@@ -90,11 +90,9 @@ def evaluate_command(
 
         accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
-    from accelerate import PartialState
-
     from crdnd.config import Frozen, build
     from crdnd.data import load_test
-    from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, reference
+    from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
     from crdnd.models import ModelCard, read_card, resolve_model
@@ -160,7 +158,7 @@ def evaluate_command(
     for file in (out, save_adv):
         if file is not None:
             make_folder(file.parent)  # before the work, so that its result is not lost
-    state = PartialState()
+    state = processes()
     with _showing(quiet=not state.is_main_process) as listener:
         results = evaluate(
             network.to(state.device),

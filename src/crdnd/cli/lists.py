@@ -9,7 +9,7 @@ from crdnd.errors import InputError, did_you_mean
 
 
 def list_command(
-    kind: Annotated[str, typer.Argument(metavar="objectives|attacks|models|datasets", help="What to list.")],
+    kind: Annotated[str, typer.Argument(metavar="objectives|attacks|presets|models|datasets", help="What to list.")],
     json: JsonOption = False,
 ) -> None:
     """List what there is to choose from.
@@ -20,7 +20,13 @@ def list_command(
 
         crdnd list attacks --json
     """
-    listings = {"objectives": _objectives, "attacks": _attacks, "models": _models, "datasets": _datasets}
+    listings = {
+        "objectives": _objectives,
+        "attacks": _attacks,
+        "presets": _presets,
+        "models": _models,
+        "datasets": _datasets,
+    }
     if kind not in listings:
         raise InputError(f"unknown list {kind!r}{did_you_mean(kind, listings)}")
     entries = listings[kind]()
@@ -62,6 +68,14 @@ def _attacks() -> list[dict[str, Any]]:
 
     attacks = {name: load_attack(name) for name in attack_names()}
     return [{"name": name, "what": attack.summary, "paper": attack.paper} for name, attack in attacks.items()]
+
+
+def _presets() -> list[dict[str, Any]]:
+    from crdnd.evaluation import PRESETS
+
+    return [
+        {"name": name, "what": preset.summary, "attacks": ", ".join(preset.attacks)} for name, preset in PRESETS.items()
+    ]
 
 
 def _models() -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What an evaluation runs: attacks, presets, and what is left of them for a model without gradients."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -84,14 +85,17 @@ def _with_settings(name: str, value: Any) -> Attack:
         if key not in numbers:
             raise InputError(f"attacks.{name}.{key}: no such setting{did_you_mean(key, numbers)}")
         whole = isinstance(numbers[key], int)
-        if isinstance(given, bool) or not isinstance(given, int if whole else (int, float)) or given <= 0:
+        if isinstance(given, bool) or not isinstance(given, int if whole else (int, float)) or not 0 < given < math.inf:
             kind = "a whole number" if whole else "a number"
             raise InputError(f"attacks.{name}.{key}: must be {kind} above 0, got {given!r}.")
     return dataclasses.replace(attack, **changes)
 
 
-def without_gradients(attacks: Mapping[str, Attack]) -> tuple[dict[str, Attack], list[str]]:
-    """What can be run on a model that gives scores but no gradients, and a note on what cannot."""
+def without_gradients(attacks: Mapping[str, Attack], *, with_surrogate: bool) -> tuple[dict[str, Attack], list[str]]:
+    """What can be run on a model that gives scores but no gradients, and a note on what cannot.
+
+    With a surrogate at hand, its adversarial images are tried too: they are then the only ones made by gradients.
+    """
     singles: dict[str, Attack] = {}
     for name, attack in attacks.items():
         singles |= {part.name: part for part in attack.parts} if isinstance(attack, AttackSequence) else {name: attack}
@@ -99,5 +103,7 @@ def without_gradients(attacks: Mapping[str, Attack]) -> tuple[dict[str, Attack],
     left_out = ", ".join(name for name in singles if name not in kept)
     if not kept:
         kept = {"square": load_attack("square")}
+    if left_out and with_surrogate:
+        kept.setdefault("transfer", load_attack("transfer"))
     notes = [f"No gradients were available: {left_out} could not run, {', '.join(kept)} did."] if left_out else []
     return kept, notes

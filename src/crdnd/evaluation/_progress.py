@@ -1,7 +1,7 @@
 """What an evaluation has found so far: one small file for each batch, so that a kill costs a batch at most."""
 
 import itertools
-import os
+import uuid
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,10 @@ class Chunk:
 class Progress:
     """The chunks of one evaluation, in a folder of their own, or in memory only."""
 
-    def __init__(self, folder: Path | None, writer: int = 0) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._names = (f"{writer}-{os.getpid()}-{number}" for number in itertools.count())
+        writer = uuid.uuid4().hex[:12]  # a process's number would come again, in a notebook or a container at once
+        self._names = (f"{writer}-{number}" for number in itertools.count())
         self.found: dict[str, list[Chunk]] = {}
         if folder is not None:
             make_folder(folder)
@@ -81,29 +82,37 @@ def _chunks(folder: Path) -> Generator[Chunk]:
             raise InputError(f"{path}: is damaged ({error}); delete it, its batch is then attacked again.") from None
 
 
-def work_folder(root: Path, name: str, probe: tuple[Tensor, Tensor], *, random: bool) -> Path:
-    """Where the verdicts of one model under one protocol are kept.
+def work_number(root: Path, name: str, probe: tuple[Tensor, Tensor], *, random: bool) -> int:
+    """Which of the folders `work_folder(root, name, number)` keeps the verdicts of one model under one protocol.
 
     Weights do not tell two models apart whose code differs, such as one with a softmax and one without. So a folder
     also remembers what its model answers to a few images, and a model that answers otherwise gets a folder of its own.
+    A model that is random never answers twice the same; it gets a new folder each time, and cannot go on in an old one.
 
     Args:
         root: the folder of all evaluations; may not exist yet.
         name: of the data, the weights and the protocol.
         probe: logits and input gradients of a few images.
-        random: whether the model never answers twice the same, so that its answers cannot tell it apart.
+        random: whether the model is.
     """
     answers = {"logits": probe[0].detach().cpu().contiguous(), "gradients": probe[1].detach().cpu().contiguous()}
     for number in itertools.count(1):
-        folder = root / (name if number == 1 else f"{name}-{number}")
+        folder = work_folder(root, name, number)
         known = _read(folder / PROBE)
+        if known is None and any(folder.glob(f"*{SUFFIX}")):
+            continue  # verdicts of nobody knows which model
         if known is None:
             make_folder(folder)
             atomic_write_bytes(folder / PROBE, safetensors.torch.save(answers))
-            return folder
-        if random or all(_close(known.get(key), value) for key, value in answers.items()):
-            return folder
+            return number
+        if not random and all(_close(known.get(key), value) for key, value in answers.items()):
+            return number
     raise AssertionError("itertools.count ends only when a folder is found")
+
+
+def work_folder(root: Path, name: str, number: int) -> Path:
+    """The folder of that number."""
+    return root / (name if number == 1 else f"{name}-{number}")
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -81,7 +81,7 @@ def load_adversarial(path: str | Path, model: nn.Module, data: ImageData, batch_
     if metadata.get("schema") != SCHEMA:
         raise InputError(f"{path}: has the format {metadata.get('schema')!r}; this version reads {SCHEMA}.")
     try:
-        protocol = Protocol.model_validate_json(metadata["protocol"])
+        protocol = Protocol.model_validate_json(metadata.get("protocol", ""))
     except ValueError:
         raise InputError(f"{path}: its protocol cannot be read; the file is damaged.") from None
     if metadata.get("model_sha256") != weights_sha256(model):
@@ -90,7 +90,13 @@ def load_adversarial(path: str | Path, model: nn.Module, data: ImageData, batch_
         raise InputError(f"{path}: was made for other data ({protocol.data}, sha256 {protocol.data_sha256[:12]}).")
     threat = build(ThreatModel, {"norm": protocol.norm, "eps": protocol.eps})
     names = [key.removesuffix(".ids") for key in tensors if key.endswith(".ids")]
-    found = {name: Found(tensors[f"{name}.ids"], tensors[f"{name}.images"]) for name in names}
+    found: dict[str, Found] = {}
+    for name in names:
+        ids, images = tensors[f"{name}.ids"], tensors.get(f"{name}.images")
+        known = ids.ndim == 1 and ids.dtype == torch.int64 and bool(((ids >= 0) & (ids < len(data))).all())
+        if not known or images is None or images.shape != (len(ids), *data.shape):
+            raise InputError(f"{path}: ids and images of {name} do not belong together; the file is damaged.")
+        found[name] = Found(ids, images)
     for name, entry in found.items():
         _verify(path, name, entry, model, data, threat, batch_size)
     return found

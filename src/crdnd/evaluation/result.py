@@ -32,6 +32,8 @@ class Protocol(Frozen):
     eps_sweep: tuple[float, ...] = ()
     checks: bool = False
     """Whether all checks for false security ran, or only those that come for free."""
+    surrogate_sha256: str = ""
+    """Of the model whose images the checks tried."""
     seed: int
     precision: str = "float32, TF32 off"
     evaluation_version: int = EVALUATION_VERSION

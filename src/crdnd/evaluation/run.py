@@ -11,7 +11,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from crdnd.attacks import Attack, answers, true_float32
+from crdnd.attacks import Attack, Classifier, answers, true_float32
+from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
 from crdnd.engine import check_model
@@ -20,7 +21,8 @@ from crdnd.errors import InputError, Interrupted
 from crdnd.evaluation._batch_size import batch_size_that_fits
 from crdnd.evaluation._checks import Evidence, check_columns, run_checks, verdict
 from crdnd.evaluation._plan import TABLE_ATTACKS, Column, choose_attacks, without_gradients
-from crdnd.evaluation._progress import Progress, work_folder
+from crdnd.evaluation._processes import processes
+from crdnd.evaluation._progress import Progress, work_folder, work_number
 from crdnd.evaluation._runner import FELL, STANDS, Listener, Runner
 from crdnd.evaluation.found import save_found
 from crdnd.evaluation.result import (
@@ -100,27 +102,34 @@ def evaluate(
     """
     images = as_data(data)
     num_classes = check_model(model, images, "model", probabilities=True)
-    chosen = _with_surrogate(choose_attacks(attacks), surrogate)
+    chosen = choose_attacks(attacks)
     differentiable = has_gradients(model) and _lets_gradients_through(model, images)
     notes: list[str] = []
     if not differentiable:
-        chosen, notes = without_gradients(chosen)
+        chosen, notes = without_gradients(chosen, with_surrogate=surrogate is not None)
+    chosen = _with_surrogate(chosen, surrogate)
     everything = checks and differentiable
     if everything and (missing := {"fgsm", "pgd_sat", "cw_inf", "autoattack"} - chosen.keys()):
         raise InputError(f"checks: need the attack {min(missing)} too; name it, or take the preset full.")
-    protocol = _protocol(images, threat, chosen, seed, split, eps_sweep, everything)
+    protocol = _protocol(
+        images, threat, chosen, seed, split, eps_sweep, checks=everything, surrogate=surrogate if everything else None
+    )
+    if batch_size != "auto" and batch_size < 1:
+        raise InputError(f"batch_size: must be above 0, or auto, got {batch_size}.")
     notes += [note for attack in chosen.values() for note in attack.notes(num_classes)]
 
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)
-    state = PartialState()
+    state = processes()
+    if save_adversarial is not None and work is None and state.num_processes > 1:
+        raise InputError("save_adversarial: several processes need a folder that they share; give work.")
     about = label or Label()
     identity = weights_sha256(model)
     folder = None
     if work is not None:
         key = sha256(f"{identity} {protocol.fingerprint} {save_adversarial is not None}".encode())[:16]
         folder = _work_folder(Path(work), f"{protocol.data}-{key}", model, images, state)
-    progress = Progress(folder, state.process_index)
+    progress = Progress(folder)
     ids = torch.arange(len(images), device=device)[state.process_index :: state.num_processes]
     size = batch_size_that_fits(model, images) if batch_size == "auto" else batch_size
     with stop_requests() if work is not None else nullcontext() as request:
@@ -153,7 +162,7 @@ def evaluate(
         clean=_count(verdicts["clean"] == STANDS),
         attacks={name: _count(verdicts[name] == STANDS) for name in chosen},
         worst_case=_count(stands),
-        verdict=verdict(found),
+        verdict=verdict(found, gradients=differentiable),
         checks=found,
         notes=notes,
         sweep=[
@@ -168,12 +177,16 @@ def evaluate(
 
 
 def _work_folder(root: Path, name: str, model: nn.Module, images: ImageData, state: PartialState) -> Path:
-    x, _ = images.batch(torch.arange(min(8, len(images)), device=images.x.device))
-    with true_float32(), evaluating(model):
-        first, second = answers(model, x), answers(model, x)
-    random = not torch.equal(first[0].nan_to_num(), second[0].nan_to_num())
-    with state.main_process_first():  # so that one process makes the folder and the others find it
-        return work_folder(root, name, first, random=random)
+    number = torch.zeros((), dtype=torch.int64, device=images.x.device)
+    if state.is_main_process:
+        x, _ = images.batch(torch.arange(min(8, len(images)), device=images.x.device))
+        with true_float32(), evaluating(model):
+            first, second = answers(model, x), answers(model, x)
+        random = not torch.equal(first[0].nan_to_num(), second[0].nan_to_num())
+        number += work_number(root, name, first, random=random)
+    if state.num_processes > 1:
+        torch.distributed.broadcast(number, src=0)
+    return work_folder(root, name, int(number))
 
 
 def _run(
@@ -196,8 +209,11 @@ def _run(
             runner.run(column)
     for eps in sweep:  # upwards: what falls at one eps falls at every larger one
         for name, attack in chosen.items():
-            wider = ThreatModel(norm=threat.norm, eps=eps)
-            standing = runner.run(Column(_sweep_column(eps, name), attack, wider), start=standing)
+            standing = runner.run(Column(_sweep_column(eps, name), attack, _wider(threat, eps)), start=standing)
+
+
+def _wider(threat: ThreatModel, eps: float) -> ThreatModel:
+    return build(ThreatModel, {"norm": threat.norm, "eps": eps}, where="eps_sweep")
 
 
 def _sweep_column(eps: float, attack: str) -> str:
@@ -212,9 +228,18 @@ def _with_surrogate(attacks: Mapping[str, Attack], surrogate: nn.Module | None) 
         if isinstance(attack, Transfer) and attack.surrogate is None:
             if surrogate is None:
                 raise InputError(f"{name}: this attack needs another model; give one with --surrogate.")
-            surrogate = surrogate.eval()
-            found[name] = dataclasses.replace(attack, surrogate=surrogate, surrogate_sha256=weights_sha256(surrogate))
+            found[name] = dataclasses.replace(
+                attack, surrogate=_in_eval_mode(surrogate), surrogate_sha256=weights_sha256(surrogate)
+            )
     return found
+
+
+def _in_eval_mode(model: nn.Module) -> Classifier:
+    def logits(x: Tensor) -> Tensor:
+        with evaluating(model):
+            return model(x)
+
+    return logits
 
 
 def _lets_gradients_through(model: nn.Module, images: ImageData) -> bool:
@@ -248,7 +273,9 @@ def _protocol(
     seed: int,
     split: str,
     eps_sweep: Sequence[float],
+    *,
     checks: bool,
+    surrogate: nn.Module | None = None,
 ) -> Protocol:
     return Protocol(
         data=data.name,
@@ -258,8 +285,9 @@ def _protocol(
         norm=threat.norm,
         eps=threat.eps,
         attacks={name: attack.settings() for name, attack in attacks.items()},
-        eps_sweep=tuple(sorted(ThreatModel(norm=threat.norm, eps=eps).eps for eps in eps_sweep)),
+        eps_sweep=tuple(sorted(_wider(threat, eps).eps for eps in eps_sweep)),
         checks=checks,
+        surrogate_sha256=weights_sha256(surrogate) if surrogate is not None else "",
         seed=seed,
         precision="float64" if data.x.dtype == torch.float64 else "float32, TF32 off",
     ).with_fingerprint()
