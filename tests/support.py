@@ -83,6 +83,14 @@ class TinyNet(nn.Module):
         return self.classifier(self.features(x))
 
 
+def wavering(seed: int = 0) -> TinyNet:
+    """A TinyNet whose classes have the same mean logit on `images()`, so that small perturbations decide there."""
+    model = TinyNet(seed=seed)
+    with torch.no_grad():
+        model.classifier.bias -= model(images()).mean(0)
+    return model
+
+
 class Recorder(nn.Module):
     """Passes images on to a model and keeps a copy of every input, with the mode the model was in."""
 

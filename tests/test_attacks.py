@@ -15,7 +15,7 @@ from crdnd.errors import InputError
 from crdnd.losses import cross_entropy, margin
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
-from support import BATCH, SHAPE, RankOneVictim, Recorder, TinyNet, generator, images, small_attack
+from support import BATCH, SHAPE, RankOneVictim, Recorder, TinyNet, generator, images, small_attack, wavering
 
 # The table of the conventions: steps, length of a step as a fraction of eps, start. pgd_trades moves 0.003 at eps
 # 8/255, and 0.003 * 255 / 8 = 0.095625.
@@ -268,7 +268,7 @@ def test_an_attack_leaves_the_world_as_it_was(name):
 
 @pytest.mark.parametrize("name", attack_names())
 def test_an_attack_works_where_the_caller_has_switched_gradients_off(name):
-    model, x = TinyNet(), images()
+    model, x = wavering(), images()
     y = model(x).argmax(1)
     with torch.no_grad():
         inside = run(name, model, x, y, LINF)
@@ -289,7 +289,7 @@ def test_an_input_that_takes_a_gradient_is_attacked_all_the_same(name):
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)
 @pytest.mark.parametrize("name", attack_names())
 def test_the_adversarial_image_of_a_sample_does_not_depend_on_its_batch(name, threat):
-    model, x = TinyNet(), images()
+    model, x = wavering(), images()
     y = model(x).argmax(1)
     y[4] = (y[4] + 1) % 5
     whole = run(name, model, x, y, threat)
@@ -388,7 +388,7 @@ def test_adversarial_images_are_keyed_by_seed_attack_and_sample():
 
 
 def test_restarts_begin_elsewhere_and_only_where_the_model_still_stands():
-    model, x = Recorder(TinyNet()), images()
+    model, x = Recorder(wavering()), images()
     y = model.model(x).argmax(1)
     y[2] = (y[2] + 1) % 5
     threat = ThreatModel(eps=0.01)

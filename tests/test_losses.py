@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdnd.losses import cross_entropy, kl, margin
+from crdnd.losses import cross_entropy, dlr, dlr_targeted, kl, margin
 from support import BATCH, CLASSES, generator
 
-LABELS = torch.tensor([0, 1, 4, 2, 3, 0])
+LABELS, TARGETS = torch.tensor([0, 1, 4, 2, 3, 0]), torch.tensor([3, 0, 2, 4, 1, 1])
 
 
 def logits(seed, scale=3.0, batch=BATCH, classes=CLASSES):
@@ -86,10 +86,74 @@ def test_the_gradient_of_the_margin_is_one_for_the_rival_and_minus_one_for_the_t
     assert gradient.tolist() == [[-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]]
 
 
+def test_dlr_of_known_logits():
+    #                  z_(1) - z_(3) = 5 - 1 = 4, whatever the label
+    z = torch.tensor([[5.0, 3.0, 1.0, 0.0]]).expand(4, 4)
+    expected = torch.tensor([(3 - 5) / 4, (5 - 3) / 4, (5 - 1) / 4, (5 - 0) / 4])
+    torch.testing.assert_close(dlr(z, torch.tensor([0, 1, 2, 3])), expected)
+    unsorted = torch.tensor([[-9.0, 1.0, 5.0, 0.0, 3.0], [3.0, -9.0, 0.0, 5.0, 1.0]])
+    torch.testing.assert_close(dlr(unsorted, torch.tensor([2, 0])), torch.tensor([-0.5, 0.5]))
+
+
+def test_dlr_of_three_classes_is_its_formula_and_of_two_the_margin():
+    z = torch.tensor([[2.0, 1.0, -2.0], [2.0, 1.0, -2.0]])
+    torch.testing.assert_close(dlr(z, torch.tensor([0, 2])), torch.tensor([-1 / 4, 1.0]))
+    two = torch.tensor([[2.0, 7.0], [2.0, 7.0], [0.5, 0.5]])
+    assert dlr(two, torch.tensor([0, 1, 1])).tolist() == [5.0, -5.0, 0.0]
+
+
+def test_targeted_dlr_of_known_logits():
+    #            z_(1) - (z_(3) + z_(4)) / 2 = 5 - (1 + 0) / 2 = 4.5, and the fifth logit counts for nothing
+    z = torch.tensor([[5.0, 3.0, 1.0, 0.0, -9.0]]).expand(5, 5)
+    y, target = torch.tensor([0, 0, 1, 3, 0]), torch.tensor([1, 3, 0, 2, 4])
+    expected = torch.tensor([-2.0, -5.0, 2.0, 1.0, -14.0]) / 4.5
+    torch.testing.assert_close(dlr_targeted(z, y, target), expected)
+    order = [3, 0, 4, 2, 1]
+    place = torch.tensor(order).argsort()
+    torch.testing.assert_close(dlr_targeted(z[:, order], place[y], place[target]), expected)
+
+
+def test_targeted_dlr_of_three_and_of_two_classes():
+    z = torch.tensor([[2.0, 1.0, -2.0], [2.0, 1.0, -2.0]])  # z_(1) - z_(3) = 4
+    found = dlr_targeted(z, torch.tensor([0, 1]), torch.tensor([1, 2]))
+    torch.testing.assert_close(found, torch.tensor([-1 / 4, -3 / 4]))
+    two = torch.tensor([[2.0, 7.0], [2.0, 7.0], [0.5, 0.5]])
+    assert dlr_targeted(two, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0])).tolist() == [5.0, -5.0, 0.0]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    classes=st.sampled_from([3, 4, 5, 10, 100]),
+    shift=st.floats(-100, 100),
+    scale=st.floats(1e-3, 1e3),
+)
+def test_the_difference_of_logits_ratio_is_blind_to_shift_and_scale(seed, classes, shift, scale):
+    z = logits(seed, classes=classes)
+    y = torch.randint(0, classes, (BATCH,), generator=generator(seed + 1))
+    target = (y + 1 + torch.randint(0, classes - 1, (BATCH,), generator=generator(seed + 2))) % classes
+    torch.testing.assert_close(dlr(scale * z + shift, y), dlr(z, y), rtol=1e-6, atol=1e-9)
+    changed = dlr_targeted(scale * z + shift, y, target)
+    torch.testing.assert_close(changed, dlr_targeted(z, y, target), rtol=1e-6, atol=1e-9)
+
+
+@given(seed=st.integers(0, 10**6), classes=st.sampled_from([2, 3, 4, 10]), scale=st.floats(1e-3, 1e3))
+def test_the_difference_of_logits_ratio_is_positive_where_the_margin_is(seed, classes, scale):
+    z = logits(seed, scale, classes=classes)
+    y = torch.randint(0, classes, (BATCH,), generator=generator(seed + 1))
+    value = dlr(z, y)
+    assert torch.equal(value.sign(), margin(z, y).sign())
+    if classes > 2:
+        assert (value[value < 0] >= -1 - 1e-9).all(), "z_(2) - z_(1) is no larger than z_(3) - z_(1)"
+    second = z.scatter(1, y[:, None], -torch.inf).argmax(1)
+    assert torch.equal(dlr_targeted(z, y, second).sign(), value.sign())
+
+
 def test_gradients_agree_with_finite_differences():
     target, student = logits(1).requires_grad_(True), logits(2).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda z: cross_entropy(z, LABELS), student)
     assert torch.autograd.gradcheck(lambda z: margin(z, LABELS), student)
+    assert torch.autograd.gradcheck(lambda z: dlr(z, LABELS), student)
+    assert torch.autograd.gradcheck(lambda z: dlr_targeted(z, LABELS, TARGETS), student)
     assert torch.autograd.gradcheck(kl, (target, student))
     assert torch.autograd.gradcheck(lambda a, b: kl(a, b, 4.0), (target, student))
 
@@ -97,6 +161,8 @@ def test_gradients_agree_with_finite_differences():
 LOSSES = {
     "cross_entropy": lambda z: cross_entropy(z, LABELS),
     "margin": lambda z: margin(z, LABELS),
+    "dlr": lambda z: dlr(z, LABELS),
+    "dlr_targeted": lambda z: dlr_targeted(z, LABELS, TARGETS),
     "kl to a target": lambda z: kl(logits(0).to(z), z),
     "kl from a target": lambda z: kl(z, logits(0).to(z)),
     "kl at tau 30": lambda z: kl(z.flip(1), z, 30.0),
@@ -118,7 +184,7 @@ def test_losses_and_gradients_are_finite_at_extreme_and_at_equal_logits(name, dt
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr", "dlr_targeted"])
 def test_a_loss_is_one_value_for_each_sample_alone(name):
     z = logits(7)
     whole = LOSSES[name](z)

@@ -144,6 +144,66 @@ def test_the_gradient_of_a_saturated_loss_still_gives_a_step_of_the_right_length
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_every_sample_may_have_a_step_of_its_own(norm):
+    threat, x = ThreatModel(norm=norm, eps=0.3), pixels((3, 2, 4), 1)
+    gradient = torch.randn(x.shape, generator=generator(3), dtype=torch.float64)
+    steps = torch.tensor([2.0, 0.0, 0.25, 1.0, 0.125], dtype=torch.float64)
+    found = threat.ascend(x, gradient, x, expand(steps, x))
+    for i, step in enumerate(steps.tolist()):
+        assert torch.equal(found[i], threat.ascend(x, gradient, x, step)[i])
+    assert torch.equal(found[1], x[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_pixel_whose_gradient_is_no_number_stays_and_all_others_move(norm, bad):
+    threat, x = ThreatModel(norm=norm, eps=0.3), torch.full((2, 1, 2, 3), 0.5, dtype=torch.float64)
+    gradient = torch.randn(x.shape, generator=generator(3), dtype=torch.float64)
+    clean = gradient.clone()
+    clean[1, 0, 1, 2] = 0.0
+    gradient[1, 0, 1, 2] = bad
+    after = threat.ascend(x, gradient, x, 0.5)
+    assert torch.equal(after, threat.ascend(x, clean, x, 0.5))
+    assert after[1, 0, 1, 2] == 0.5
+    assert (after != x).sum() == x.numel() - 1
+    gradient[1] = bad
+    assert torch.equal(threat.ascend(x, gradient, x, 0.5)[1], x[1])
+
+
+@law(100)
+@given(cases(), st.sampled_from([torch.float32, torch.float64]))
+def test_whatever_is_projected_is_allowed_in_the_precision_of_the_images(case, dtype):
+    threat, x, far = case
+    x = x.to(dtype)
+    assert threat.allows(threat.project(far.to(dtype), x), x).all()
+    assert threat.allows(threat.start(x, "surface", Stream.of("s", ids=torch.arange(BATCH))), x).all()
+    assert threat.allows(x, x).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_too_far_outside_the_box_or_no_number_is_not_allowed(norm, dtype):
+    threat, x = ThreatModel(norm=norm, eps=0.25), torch.full((BATCH, 1, 2, 3), 0.5, dtype=dtype)
+    x[1], x[2], x[3] = 0.0, 1.0, 0.1
+    x_adv = x.clone()
+    x_adv[0, 0, 1, 2] += 0.25 + 1e-4
+    x_adv[1, 0, 0, 0] = -1e-7
+    x_adv[2, 0, 0, 0] = 1.000001
+    x_adv[3, 0, 0, 1] = math.nan
+    x_adv[4, 0, 1, 2] += 0.25
+    assert threat.allows(x_adv, x).tolist() == [False, False, False, False, True]
+    x_adv[4, 0, 1, 2] = math.inf
+    assert not threat.allows(x_adv, x)[4]
+
+
+def test_the_pixels_together_are_too_far_under_l2_and_each_near_enough_under_linf():
+    x = torch.full((2, 1, 2, 3), 0.5)
+    x_adv = x + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1)  # lengths sqrt(6) times as large: 0.24 and 0.49
+    assert ThreatModel(norm="linf", eps=0.21).allows(x_adv, x).tolist() == [True, True]
+    assert ThreatModel(norm="l2", eps=0.25).allows(x_adv, x).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_zero_gradient_moves_nothing_and_gives_no_nan(norm):
     threat = ThreatModel(norm=norm, eps=0.3)
     x = pixels((1, 2, 3), 0)
@@ -171,7 +231,7 @@ def test_a_sample_is_treated_the_same_in_any_batch(norm):
 
 
 @law(50)
-@given(cases(), st.sampled_from(["none", "uniform", "gaussian"]), st.integers(0, 10**6))
+@given(cases(), st.sampled_from(["none", "uniform", "gaussian", "surface"]), st.integers(0, 10**6))
 def test_a_start_is_legal(case, kind, seed):
     threat, x, _ = case
     before = x.clone()
@@ -180,6 +240,28 @@ def test_a_start_is_legal(case, kind, seed):
     assert torch.equal(x, before)
     if kind == "none":
         assert torch.equal(start, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_surface_start_lies_at_distance_eps_where_the_box_does_not_bind(norm, dtype):
+    threat, x = ThreatModel(norm=norm, eps=0.4), torch.full((BATCH, 3, 2, 4), 0.5, dtype=dtype)
+    start = threat.start(x, "surface", Stream.of("start", ids=torch.arange(BATCH)))
+    assert start.dtype == dtype
+    delta = (start - x).flatten(1).double()
+    length = delta.abs().amax(1) if norm == "linf" else (delta**2).sum(1).sqrt()
+    torch.testing.assert_close(length, torch.full_like(length, 0.4), rtol=1e-6, atol=0)
+    assert len(delta.unique(dim=0)) == BATCH
+    assert (delta.abs() < 0.39).sum() > BATCH, "a random direction, no corner of the ball"
+
+
+def test_the_surface_start_has_no_favourite_direction():
+    for norm in NORMS:
+        x = grey((1, 2, 3))
+        start = ThreatModel(norm=norm, eps=0.4).start(x, "surface", Stream.of("start", ids=torch.arange(MANY)))
+        delta = (start - x).flatten(1) / 0.4
+        assert delta.mean(0).abs().max() < 4.5 / math.sqrt(MANY)
+        assert (torch.corrcoef(delta.T) - torch.eye(6)).abs().max() < 4.5 / math.sqrt(MANY)
 
 
 def test_no_start_is_a_copy():
@@ -244,7 +326,7 @@ def test_the_gaussian_start_has_a_standard_deviation_of_a_thousandth(norm):
         assert ks(torch.special.ndtr(z)) < KS_LIMIT
 
 
-@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "surface"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_start_depends_on_its_stream_and_on_nothing_global(norm, kind):
     threat, x = ThreatModel(norm=norm, eps=0.1), pixels((1, 2, 3), 0)
