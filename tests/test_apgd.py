@@ -222,6 +222,38 @@ def test_auto_pgd_agrees_with_the_papers_algorithm_for_one_sample_at_a_time(thre
     assert len(set(histories)) > 1, "each sample has a step of its own"
 
 
+class Scripted:
+    """A loss of 1,000 at the start, and then one that rises with every look and never so far again."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def __call__(self, z):
+        self.inputs.append(z.detach().clone())
+        slope = torch.sin(7 * z.flatten(1)).sum(1)
+        return (1000 if len(self.inputs) == 1 else len(self.inputs)) + 1e-3 * slope
+
+
+def test_a_step_is_not_halved_for_standing_still_before_the_second_look():
+    x, threat, stream = images(2), ThreatModel(norm="l2", eps=0.5), Stream.of("t", ids=IDS[:2])
+    y = torch.zeros(2, dtype=torch.int64)
+    script = Scripted()
+
+    def model(z):
+        value = script(z)
+        return torch.stack([5000 - value, value - 5000], 1)
+
+    auto_pgd(model, lambda z, y, _: z[:, 1], x, y, y, threat, stream, iterations=60)
+    start = threat.start(x, "surface", stream)
+    for i in range(2):
+        theirs = Scripted()
+        _, _, halvings = slow_apgd(theirs, lambda z: z, x[i], start[i], threat, 60)
+        assert looks(60)[0] not in halvings
+        assert looks(60)[1] in halvings
+        ours = torch.stack([z[i] for z in script.inputs])
+        torch.testing.assert_close(ours, torch.cat(theirs.inputs), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["apgd_ce", "apgd_dlr"])
 def test_linf_reaches_the_closed_form_optimum_of_a_linear_model_with_two_classes(name):
     victim, threat = RankOneVictim(2, scale=0.1), ThreatModel(eps=0.04)
@@ -334,9 +366,7 @@ def test_a_model_without_gradients_is_no_reason_to_fail():
     assert torch.equal(input_gradient(model(leaf).sum(), leaf), torch.zeros_like(x))
     assert torch.equal(input_gradient(torch.zeros(2).sum(), leaf), torch.zeros_like(x))
     for threat in (LINF, L2):
-        found = auto_pgd(
-            model, lambda z, y, _: margin(z, y), x, y, y, threat, Stream.of("t", ids=IDS), iterations=5
-        )
+        found = auto_pgd(model, lambda z, y, _: margin(z, y), x, y, y, threat, Stream.of("t", ids=IDS), iterations=5)
         assert threat.allows(found, x).all()
 
 

@@ -151,9 +151,7 @@ def test_the_box_is_minded_on_the_way_to_the_boundary():
     y = victim(x).argmax(1)
     uphill = victim.uphill(y).sign()
     for eps in (0.001, 0.003, 0.007):
-        inner, outer = (
-            victim((x + eps * part * uphill).clamp(0, 1)).argmax(1) != y for part in (0.98, 1.0)
-        )
+        inner, outer = (victim((x + eps * part * uphill).clamp(0, 1)).argmax(1) != y for part in (0.98, 1.0))
         assert 0 < inner.sum() < 30
         x_adv = load_attack("fab_t")(victim, x, y, ThreatModel(eps=eps), Stream.of("t", ids=torch.arange(30)))
         fooled = victim(x_adv).argmax(1) != y
