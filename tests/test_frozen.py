@@ -334,7 +334,6 @@ def test_the_fast_way_works_for_any_batch_and_any_layout():
         torch.testing.assert_close(model(more[:2]), expected[:2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="channels last breaks `view` and is not taken back")
 @pytest.mark.parametrize("pool", [2, 1])
 def test_a_colour_model_that_flattens_by_view_is_no_reason_to_fail(pool):
     class Flattens(nn.Module):

@@ -68,20 +68,23 @@ def _patch_if_the_same(model: nn.Module, probe: Tensor, switch: _Switch) -> list
         return []
     seen, pairs = _trace(model, probe)
     # Channels last pays where there are channels to put last; grey images are 20% slower with it.
-    layout = torch.channels_last if probe.shape[1] > 1 else torch.contiguous_format
-    patched: list[nn.Module] = []
-    try:
-        for convolution in convolutions:
-            norm = pairs.get(convolution)
-            _fold(convolution, norm, layout, switch)
-            patched += [convolution] if norm is None else [convolution, norm]
-        same = all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True))
-    except BaseException:
+    layouts = [torch.contiguous_format] if probe.shape[1] == 1 else [torch.channels_last, torch.contiguous_format]
+    for layout in layouts:
+        patched: list[nn.Module] = []
+        try:
+            for convolution in convolutions:
+                norm = pairs.get(convolution)
+                _fold(convolution, norm, layout, switch)
+                patched += [convolution] if norm is None else [convolution, norm]
+            same = all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True))
+        except RuntimeError:
+            same = False  # as a `view` of what lies in another layout than its author thought
+        except BaseException:
+            _restore(patched)
+            raise
+        if same:
+            return patched
         _restore(patched)
-        raise
-    if same:
-        return patched
-    _restore(patched)
     return []
 
 
