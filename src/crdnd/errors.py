@@ -24,6 +24,15 @@ class Interrupted(BaseException):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an exception says, for a message of one line; its type where it says nothing.
+
+    >>> first_line(ValueError("no such thing\nand more")), first_line(KeyError())
+    ('no such thing', 'KeyError')
+    """
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return '; did you mean ...?' when a known word is close, and the list of what exists.
 

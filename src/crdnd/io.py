@@ -59,6 +59,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, or an InputError that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
 def read_verified(path: Path, expected_sha256: str, way_out: str) -> bytes:
     """Read a file whose SHA-256 is known; an InputError with the way out if it is missing, cut short or damaged."""
     try:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from crdnd.errors import InputError
+from crdnd.errors import InputError, first_line
 from crdnd.random import permutation
 
 
@@ -179,9 +179,9 @@ def as_data(data: Any, name: str = "data") -> ImageData:
             x = torch.stack([item[0] for item in items])
             y = torch.tensor([_integer(item[1]) for item in items])
         except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): {first}"
+                f"{name}: every item must be a pair (image tensor of one shape (C, H, W), integer label): "
+                f"{first_line(error)}"
             ) from None
         return ImageData(x, y, name=name)
     raise InputError(

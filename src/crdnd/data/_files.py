@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from crdnd.data._base import ImageData
-from crdnd.errors import InputError
+from crdnd.errors import InputError, first_line
+from crdnd.io import read_bytes
 
 LAYOUTS = (
     "an .npz file with x and y, a folder with a subfolder of images per class, or CIFAR's binary files "
@@ -137,7 +138,7 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
                 f"{file}: holds pickled objects, which may contain code and are never loaded; "
                 "save plain arrays of numbers."
             ) from None
-        raise InputError(f"{file}: is not a readable .npz file ({_first_line(error)}); copy it again.") from None
+        raise InputError(f"{file}: is not a readable .npz file ({first_line(error)}); copy it again.") from None
 
 
 def _one_of(file: Path, arrays: dict[str, NDArray[Any]], short: str, long: str) -> NDArray[Any]:
@@ -256,7 +257,7 @@ def _read_image(file: Path) -> Bytes:
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: is not a readable image ({_first_line(error)}).") from None
+        raise InputError(f"{file}: is not a readable image ({first_line(error)}).") from None
 
 
 def _from_16_bits(values: NDArray[Any], file: Path) -> Bytes:
@@ -270,10 +271,7 @@ def _from_16_bits(values: NDArray[Any], file: Path) -> Bytes:
 
 
 def _read_cifar(file: Path, layout: _Cifar, name: str) -> ImageData:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    data = read_bytes(file)
     if not data or len(data) % layout.record:
         raise InputError(
             f"{file}: has {len(data)} bytes, which is no multiple of {layout.name}'s {layout.record} bytes per image; "
@@ -297,11 +295,7 @@ def _cifar_names(file: Path, layout: _Cifar) -> tuple[str, ...]:
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({_first_line(error)}).") from None
+        raise InputError(f"{file}: cannot be read ({first_line(error)}).") from None
     if len(names) != layout.labels[-1]:
         raise InputError(f"{file}: has {len(names)} names for the {layout.labels[-1]} classes of {layout.name}.")
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

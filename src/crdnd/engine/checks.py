@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from crdnd.data import ImageData, Splits
-from crdnd.errors import InputError
-from crdnd.models import evaluating
+from crdnd.errors import InputError, first_line
+from crdnd.models import device_of, evaluating
 
 
 def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: bool = False) -> int:
@@ -19,15 +19,13 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         what: what messages call the model.
         probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
-    x = x.to(device)
+    x = x.to(device_of(model))
     with evaluating(model), torch.no_grad():
         try:
             logits: Any = model(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first}") from None
+            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first_line(error)}") from None
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")

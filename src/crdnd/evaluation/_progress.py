@@ -45,13 +45,7 @@ class Progress:
         self.found: dict[str, list[Chunk]] = {}
         if folder is not None:
             make_folder(folder)
-            for chunk in _chunks(folder):
-                self.found.setdefault(chunk.step, []).append(chunk)
-
-    @property
-    def resumed(self) -> bool:
-        """Whether there was anything from before."""
-        return bool(self.found)
+        self.reload()
 
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk, on disk first."""
@@ -64,7 +58,7 @@ class Progress:
         self.found.setdefault(chunk.step, []).append(chunk)
 
     def reload(self) -> None:
-        """Read what other processes have added."""
+        """Read the folder anew, with what other processes have added to it."""
         if self.folder is not None:
             self.found = {}
             for chunk in _chunks(self.folder):

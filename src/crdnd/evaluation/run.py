@@ -36,7 +36,7 @@ from crdnd.evaluation.result import (
     SweepPoint,
 )
 from crdnd.io import sha256
-from crdnd.models import Normalized, evaluating, has_gradients, parameter_count, weights_sha256
+from crdnd.models import Normalized, device_of, evaluating, has_gradients, parameter_count, weights_sha256
 from crdnd.threat import ThreatModel
 
 
@@ -102,6 +102,7 @@ def evaluate(
     """
     images = as_data(data)
     num_classes = check_model(model, images, "model", probabilities=True)
+    images = images.to(device_of(model))
     chosen = choose_attacks(attacks)
     differentiable = has_gradients(model) and _lets_gradients_through(model, images)
     notes: list[str] = []
@@ -118,8 +119,6 @@ def evaluate(
         raise InputError(f"batch_size: must be above 0, or auto, got {batch_size}.")
     notes += [note for attack in chosen.values() for note in attack.notes(num_classes)]
 
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    images = images.to(device)
     state = processes()
     if save_adversarial is not None and work is None and state.num_processes > 1:
         raise InputError("save_adversarial: several processes need a folder that they share; give work.")
@@ -130,7 +129,7 @@ def evaluate(
         key = sha256(f"{identity} {protocol.fingerprint} {save_adversarial is not None}".encode())[:16]
         folder = _work_folder(Path(work), f"{protocol.data}-{key}", model, images, state)
     progress = Progress(folder)
-    ids = torch.arange(len(images), device=device)[state.process_index :: state.num_processes]
+    ids = torch.arange(len(images), device=images.x.device)[state.process_index :: state.num_processes]
     size = batch_size_that_fits(model, images) if batch_size == "auto" else batch_size
     with stop_requests() if work is not None else nullcontext() as request:
         runner = Runner(
@@ -203,9 +202,9 @@ def _run(
     for name, attack in chosen.items():
         runner.run(Column(name, attack, threat, () if attack.judged_on_all else ("clean",)))
     if everything:
-        transfer = choose_attacks(["transfer"])["transfer"] if surrogate is not None else None
-        attack = _with_surrogate({"transfer": transfer}, surrogate)["transfer"] if transfer else None
-        for column in check_columns(threat, images.shape, attack):
+        chosen_too = choose_attacks(["transfer"]) if surrogate is not None else {}
+        transfer = _with_surrogate(chosen_too, surrogate).get("transfer")
+        for column in check_columns(threat, images.shape, transfer):
             runner.run(column)
     for eps in sweep:  # upwards: what falls at one eps falls at every larger one
         for name, attack in chosen.items():
@@ -244,9 +243,8 @@ def _in_eval_mode(model: nn.Module) -> Classifier:
 
 def _lets_gradients_through(model: nn.Module, images: ImageData) -> bool:
     """Whether autograd knows of any way from the images to the logits, be it a wrong one."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     x, _ = images.batch(torch.arange(min(2, len(images)), device=images.x.device))
-    x = x.to(device).requires_grad_(True)
+    x = x.detach().requires_grad_(True)
     with evaluating(model), torch.enable_grad():
         total = model(x).sum()
     if not total.requires_grad:

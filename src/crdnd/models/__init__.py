@@ -1,7 +1,7 @@
 """Models from pixels in [0, 1] to logits. One file, one architecture; any other `torch.nn.Module` will do as well."""
 
 from crdnd import registry
-from crdnd.models._base import Architecture, Normalized, create_model, evaluating, parameter_count
+from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
 from crdnd.models._exported import ExportedModel
 from crdnd.models._folder import (
     ModelCard,
@@ -23,6 +23,7 @@ __all__ = [
     "Normalized",
     "OnnxModel",
     "create_model",
+    "device_of",
     "evaluating",
     "has_gradients",
     "is_model_folder",

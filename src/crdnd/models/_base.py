@@ -110,6 +110,11 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = was_training
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters lie; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def parameter_count(model: nn.Module) -> int:
     """How many parameters the model has."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crdnd.errors import InputError
-from crdnd.io import sha256
+from crdnd.errors import InputError, first_line
+from crdnd.io import read_bytes, sha256
 
 SCHEMA_MAJOR = 8
 
@@ -131,14 +131,14 @@ def read_exported(file: Path) -> ExportedModel:
         InputError: the file is damaged, is compiled or pickled, was exported in training mode, or calls something
             other than operators of aten.
     """
-    data = _read(file)
+    data = read_bytes(file)
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             return ExportedModel(_Program(file, archive), sha256(data))
     except InputError:
         raise
     except _DAMAGES as error:
-        raise InputError(f"{file}: is not a readable exported program ({_first_line(error)}).") from None
+        raise InputError(f"{file}: is not a readable exported program ({first_line(error)}).") from None
 
 
 def in_parts(run: Callable[[Tensor], Tensor], x: Tensor, size: int | None) -> Tensor:
@@ -422,14 +422,3 @@ def _plain(value: Any) -> Any:
     if not all(isinstance(entry, int) for entry in entries):
         raise ValueError(f"{value!r:.60} is no number")
     return value
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crdnd.errors import InputError
-from crdnd.io import sha256
+from crdnd.errors import InputError, first_line
+from crdnd.io import read_bytes, sha256
 from crdnd.models._exported import check_image_shape, in_parts, read_exported
 from crdnd.models._folder import load_model, load_tensors, parse_tensors
 
@@ -40,7 +40,7 @@ class OnnxModel(nn.Module):
         try:
             self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's errors have no base class of their own
-            raise InputError(f"{file}: is not a readable ONNX model ({_first_line(error)}).") from None
+            raise InputError(f"{file}: is not a readable ONNX model ({first_line(error)}).") from None
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             names = ", ".join(entry.name for entry in inputs)
@@ -63,7 +63,7 @@ class OnnxModel(nn.Module):
         try:
             (logits,) = self._session.run([first], {self._input.name: x.contiguous().numpy()})
         except Exception as error:  # as above
-            raise RuntimeError(f"onnxruntime: {_first_line(error)}") from error
+            raise RuntimeError(f"onnxruntime: {first_line(error)}") from error
         return torch.as_tensor(logits)
 
 
@@ -122,7 +122,7 @@ def load_weights(model: nn.Module, weights: str | Path) -> nn.Module:
         return load_model(file, model=model)
     suffix = file.suffix.lower()
     if suffix == ".safetensors":
-        tensors = parse_tensors(_read(file), file)
+        tensors = parse_tensors(read_bytes(file), file)
     elif suffix in PICKLED:
         tensors = _state_dict(_load_pickled(file), file)
     else:
@@ -155,7 +155,7 @@ def _load_pickled(file: Path) -> Any:
             return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file can raise nearly anything
         if type(error).__name__ != "UnpicklingError" and "TorchScript" not in str(error):
-            raise InputError(f"{file}: is not a readable weights file ({_first_line(error)}); copy it again.") from None
+            raise InputError(f"{file}: is not a readable weights file ({first_line(error)}); copy it again.") from None
         named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         what = f" ({named[1]})" if named else ""
         raise InputError(f"{file}: holds pickled content{what} that may contain code, never run; {CONVERT}.") from None
@@ -197,7 +197,7 @@ def _onnxruntime() -> Any:
 
 def _onnx_sha256(file: Path) -> str:
     """The identity of an ONNX model: of its bytes, and of the files beside it that hold weights too large for it."""
-    data = _read(file)
+    data = read_bytes(file)
     digests = [sha256(data)]
     # In the protobuf: the key "location", then the tag and the length of its value, a path relative to the model.
     for entry in re.finditer(rb"\n\x08location\x12", data):
@@ -206,17 +206,6 @@ def _onnx_sha256(file: Path) -> str:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{file}: names weights outside its folder ({name}), which are not read.")
         beside = file.parent / name
-        if beside.is_file() and (digest := sha256(_read(beside))) not in digests:
+        if beside.is_file() and (digest := sha256(read_bytes(beside))) not in digests:
             digests.append(digest)
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode())
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
