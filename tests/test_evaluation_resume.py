@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from crdnd import ImageData, InputError, Interrupted, Results, ThreatModel, evaluate
 from crdnd.attacks import Attack, load_attack
+from crdnd.attacks.square import Square
 from crdnd.evaluation import Step, choose_attacks, load_adversarial
 from crdnd.evaluation import run as evaluation
 from crdnd.models import weights_sha256
@@ -206,6 +207,88 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: file.write_bytes(b""),
     "nonsense": lambda file: file.write_bytes(b"nonsense" * 40),
 }
+
+
+class Impatient(nn.Module):
+    """Ends its own process's patience in the middle of a search."""
+
+    def __init__(self, number: int, passes: int) -> None:
+        super().__init__()
+        self.network, self.number, self.passes = network(), number, passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes -= 1
+        if self.passes == 0:
+            os.kill(os.getpid(), self.number)
+        return self.network(x)
+
+
+def test_a_request_to_stop_does_not_wait_for_a_search_to_end(tmp_path):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        model, work = Impatient(number, 150), tmp_path / str(code)
+        handler = signal.getsignal(number)
+        with pytest.raises(Interrupted) as caught:
+            go(model, work=work, attacks={"square": {"queries": 400}}, eps_sweep=())
+        assert caught.value.exit_code == code
+        assert model.passes == 0
+        assert signal.getsignal(number) is handler
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert "forward" not in vars(model.network.conv)
+
+
+# A search in blocks
+
+
+def in_blocks(**changes: Any) -> Results:
+    return go(attacks={"square": {"queries": 150}}, eps_sweep=(0.03,), **changes)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(sys.modules["crdnd.attacks.square"], "BLOCK", 64)
+
+
+def lefts(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.left.safetensors"))
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("size", [5, BATCH, 64])
+def test_a_search_in_blocks_is_interrupted_after_any_of_them_and_loses_no_query(size, monkeypatch, tmp_path):
+    everything: list[Step] = []
+    whole = in_blocks(listener=everything.append)
+    assert max(step.rounds for step in everything) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["crdnd.attacks.square"], "BLOCK", 512)
+        assert in_blocks() == whole
+    begins = Square._search
+
+    def from_the_natural_images(self: Square, stop: int, *task: Any) -> Tensor:
+        assert stop == 64, "a later block began anew"
+        return begins(self, stop, *task)
+
+    monkeypatch.setattr(Square, "_search", from_the_natural_images)
+    kept = 0
+    for kill in range(1, len(everything) + 1):
+        work = tmp_path / str(kill)
+        with pytest.raises(StopError):
+            in_blocks(listener=stopping(kill), work=work)
+        kept = max(kept, len(lefts(work)))
+        assert in_blocks(work=work, batch_size=size) == whole, f"interrupted after batch {kill}"
+        assert not lefts(work), "where a search was is forgotten once it has ended"
+    assert kept >= 3
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("how", [*DAMAGE, "gone"])
+def test_where_a_block_ended_may_be_lost_and_costs_only_its_queries(how, tmp_path):
+    whole = in_blocks()
+    with pytest.raises(StopError):
+        in_blocks(listener=stopping(6), work=tmp_path)  # three batches of natural images, and the first block
+    assert len(lefts(tmp_path)) == 3
+    for file in lefts(tmp_path)[1:]:
+        DAMAGE[how](file) if how in DAMAGE else file.unlink()
+    assert in_blocks(work=tmp_path) == whole
 
 
 @pytest.mark.parametrize("how", DAMAGE)

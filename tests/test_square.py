@@ -40,7 +40,7 @@ def queried(shape, threat, queries, dtype=torch.float64, ids=IDS):
     """The natural images, all that the model saw in the search, and the margin of each."""
     model, x = Recorder(Unmoved(shape)), images(len(ids), shape, dtype=dtype)
     y = torch.zeros(len(ids), dtype=torch.int64)
-    found = square(queries).rounds(3)[0].search(model, x, y, threat, Stream.of("t", ids=ids))
+    found = square(queries).rounds(3)[-1].search(model, x, y, threat, Stream.of("t", ids=ids))
     seen = torch.stack(model.inputs)
     values = torch.stack([margin(model.model(z), y) for z in seen])
     return x, found, seen, values
@@ -117,7 +117,7 @@ def test_the_margin_of_the_best_never_falls_and_a_sample_that_stands_costs_one_q
 def test_a_sample_leaves_when_it_falls_and_the_last_of_them_ends_the_search(threat):
     model, x = Recorder(wavering()), images()
     y = model.model(x).argmax(1)
-    search = square(300).rounds(5)[0].search
+    search = square(300).rounds(5)[-1].search
     found = search(model, x, y, ThreatModel(norm=threat.norm, eps=threat.eps / 3), Stream.of("t", ids=IDS))
     sizes = [len(z) for z in model.inputs]
     assert sizes == sorted(sizes, reverse=True)
@@ -146,7 +146,7 @@ def test_under_l2_the_whole_ball_is_used_and_its_mass_is_moved(shape):
     threat = ThreatModel(norm="l2", eps=0.2)
     model, x = Recorder(Unmoved(shape)), 0.4 + 0.2 * images(BATCH, shape)
     y = torch.zeros(BATCH, dtype=torch.int64)
-    found = square(300).rounds(3)[0].search(model, x, y, threat, Stream.of("t", ids=IDS))
+    found = square(300).rounds(3)[-1].search(model, x, y, threat, Stream.of("t", ids=IDS))
     lengths = torch.stack([(z - x).flatten(1).norm(dim=1) for z in model.inputs])
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.2), rtol=0, atol=1e-9)
     # From window to window: the place of most of the energy differs between start and end, and between samples.
@@ -187,7 +187,7 @@ def test_a_bump_has_the_form_of_pyautoattacks(size):
 def test_a_sample_is_searched_the_same_in_any_batch(threat):
     model, x, ids = wavering(), images(13), torch.arange(13) * 7
     y = model(x).argmax(1)
-    search = square(150).rounds(5)[0].search  # more than two blocks of draws
+    search = square(150).rounds(5)[-1].search  # more than two blocks of draws
 
     def found(rows):
         return search(model, x[rows], y[rows], threat, Stream.of("t", ids=ids[rows]))
@@ -212,7 +212,7 @@ def test_linf_comes_close_to_the_closed_form_optimum_of_a_linear_model(shape):
     victim.b.data[0] += 1000
     y = torch.zeros(BATCH, dtype=torch.int64)
     best = (x + LINF.eps * victim.uphill(y).sign()).clamp(0, 1)
-    found = square(1500).rounds(2)[0].search(victim, x, y, LINF, Stream.of("t", ids=IDS))
+    found = square(1500).rounds(2)[-1].search(victim, x, y, LINF, Stream.of("t", ids=IDS))
     gained, possible = (margin(victim(z), y) - margin(victim(x), y) for z in (found, best))
     assert (possible > 0).all()
     assert (gained > 0.95 * possible).all()
@@ -224,7 +224,7 @@ def test_l2_goes_more_than_half_the_way_to_the_closed_form_optimum_of_a_linear_m
     victim.b.data[0] += 1000
     y, threat = torch.zeros(BATCH, dtype=torch.int64), ThreatModel(norm="l2", eps=0.2)
     best = x + threat.eps * victim.uphill(y) / victim.d.norm()
-    found = square(1500).rounds(2)[0].search(victim, x, y, threat, Stream.of("t", ids=IDS))
+    found = square(1500).rounds(2)[-1].search(victim, x, y, threat, Stream.of("t", ids=IDS))
     gained, possible = (margin(victim(z), y) - margin(victim(x), y) for z in (found, best))
     assert (gained > 0.5 * possible).all()
 
@@ -238,7 +238,7 @@ def test_the_search_raises_the_margin_at_least_as_far_as_pyautoattacks(threat):
     shape = (3, 6, 6)
     model, x = Unmoved(shape), 0.4 + 0.2 * images(24, shape, dtype=torch.float32)
     y = torch.zeros(24, dtype=torch.int64)
-    ours = square(400).rounds(3)[0].search(model, x, y, threat, Stream.of("t", ids=torch.arange(24)))
+    ours = square(400).rounds(3)[-1].search(model, x, y, threat, Stream.of("t", ids=torch.arange(24)))
     name = {"linf": "Linf", "l2": "L2"}[threat.norm]
     reference = SquareAttack(model, eps=threat.eps, norm=name, n_queries=400, resc_schedule=False, device="cpu")
     reference.init_hyperparam(x)
@@ -257,3 +257,38 @@ def test_restarts_are_rounds_with_draws_of_their_own():
     attack(model, x, y, LINF, stream)
     assert len(model.inputs) == 1 + 2 * (6 + 1)
     assert not torch.equal(model.inputs[1], model.inputs[8])
+
+
+@pytest.mark.parametrize("threat", [ThreatModel(eps=0.02), ThreatModel(norm="l2", eps=0.12)], ids=str)
+def test_its_blocks_one_after_the_other_are_one_search(threat, monkeypatch):
+    monkeypatch.setattr(SQUARE, "BLOCK", 64)
+    model, x = Recorder(wavering()), images(13)
+    y, stream = model.model(x).argmax(1), Stream.of("t", ids=torch.arange(13) * 7)
+    rounds = dataclasses.replace(load_attack("square"), queries=150, restarts=2).rounds(5)
+    assert [(part.index, part.block, part.go_on is None) for part in rounds] == [
+        (0, 0, True), (0, 1, False), (0, 2, False), (1, 0, True), (1, 1, False), (1, 2, False),
+    ]  # fmt: skip
+    whole = rounds[2].search(model, x, y, threat, stream)
+    assert 0 < (model.model(whole).argmax(1) != y).sum() < 13
+    one_go = len(model.inputs)
+    model.inputs.clear()
+    last = rounds[0].search(model, x, y, threat, stream)
+    first = len(model.inputs)
+    for part in rounds[1:3]:
+        last = part.go_on(model, x, y, threat, stream, last)
+    torch.testing.assert_close(last, whole, rtol=0, atol=1e-12)
+    assert first == 65
+    assert len(model.inputs) == one_go + 2  # a look at where each later block begins
+
+
+def test_called_as_a_whole_it_goes_on_from_block_to_block(monkeypatch):
+    model, x = Recorder(Unmoved((3, 4, 7))), images(BATCH, (3, 4, 7))
+    y, stream = torch.zeros(BATCH, dtype=torch.int64), Stream.of("t", ids=IDS)
+    square(150)(model, x, y, LINF, stream)
+    best_of_one = margin(model.model(torch.cat(model.inputs)), y.repeat(len(model.inputs))).reshape(-1, BATCH).amax(0)
+    monkeypatch.setattr(SQUARE, "BLOCK", 64)
+    model.inputs.clear()
+    square(150)(model, x, y, LINF, stream)
+    seen = margin(model.model(torch.cat(model.inputs)), y.repeat(len(model.inputs))).reshape(-1, BATCH)
+    torch.testing.assert_close(seen.amax(0), best_of_one, rtol=0, atol=1e-12)
+    assert len(seen) == 1 + 65 + 1 + 65 + 1 + 23 + 1

@@ -20,6 +20,9 @@ PerSampleLoss = Callable[[Tensor], Tensor]
 Search = Callable[[Classifier, Tensor, Tensor, ThreatModel, Stream], Tensor]
 """(model, x (B, C, H, W), y (B,), threat, draws) -> legal inputs (B, C, H, W), each sample on its own."""
 
+Continuation = Callable[[Classifier, Tensor, Tensor, ThreatModel, Stream, Tensor], Tensor]
+"""A search that begins at its last argument, where the round before left the samples (B, C, H, W)."""
+
 
 def input_gradient(total: Tensor, x: Tensor) -> Tensor:
     """d total / d x; zeros where the model lets no gradient through, which a check then names."""
@@ -31,11 +34,17 @@ def input_gradient(total: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One restart, one target class, or the whole of an attack that has neither."""
+    """One restart, one target class, a stretch of a long search, or the whole of an attack that has none of these."""
 
     attack: str
     index: int
+    """Which restart or target class; the draws depend on it."""
     search: Search
+    """From the natural images to the end of this round."""
+    block: int = 0
+    """Which stretch of a search that is too long to be lost by a kill."""
+    go_on: Continuation | None = None
+    """This stretch alone, where it is not the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +91,15 @@ class Attack(ABC):
         with torch.no_grad():
             logits = model(x)
         standing = logits.argmax(1) == y
-        x_adv = x.clone()
+        x_adv, last = x.clone(), x.clone()
         for number, part in enumerate(self.rounds(logits.shape[1])):
             everything = self.judged_on_all and number == 0
             rows = torch.arange(len(x), device=x.device) if everything else standing.nonzero()[:, 0]
             if not len(rows):
                 break
-            found = part.search(model, x[rows], y[rows], threat, stream.take(rows).child(part.attack, part.index))
+            task = (model, x[rows], y[rows], threat, stream.take(rows).child(part.attack, part.index))
+            found = part.go_on(*task, last[rows]) if part.go_on else part.search(*task)
+            last[rows] = found
             with torch.no_grad():
                 standing[rows] = model(found).argmax(1) == y[rows]
             kept = slice(None) if self.judged_on_all else ~standing[rows]

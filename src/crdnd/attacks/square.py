@@ -23,8 +23,10 @@ from crdnd.threat import ThreatModel
 
 SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After each of these queries the share of the image that a square covers is halved."""
-BLOCK = 64
+DRAWN = 64
 """Queries whose draws are made at once: a draw costs far less than the call that makes it."""
+BLOCK = 512
+"""Queries of a round, a multiple of the above: on a large network without a GPU all 5,000 take hours."""
 _TINY = 1e-12
 
 
@@ -40,28 +42,44 @@ class Square(Attack):
     needs_gradients: ClassVar[bool] = False
 
     def rounds(self, num_classes: int) -> list[Round]:
-        """One for each restart."""
-        return [Round(self.name, restart, self._search) for restart in range(self.restarts)]
+        """The queries of each restart, in blocks."""
+        return [
+            Round(
+                self.name, restart, functools.partial(self._search, min(first + BLOCK, self.queries)), block,
+                functools.partial(self._go_on, first, min(first + BLOCK, self.queries)) if block else None,
+            )
+            for restart in range(self.restarts)
+            for block, first in enumerate(range(0, self.queries, BLOCK))
+        ]  # fmt: skip
 
-    def _search(self, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream) -> Tensor:
-        start, propose = (_stripes, _square) if threat.norm == "linf" else (_bumps, _move)
+    def _search(
+        self, stop: int, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream
+    ) -> Tensor:
+        start = _stripes if threat.norm == "linf" else _bumps
+        return self._go_on(0, stop, model, x, y, threat, stream, start(x, threat.eps, stream))
+
+    def _go_on(
+        self, first: int, stop: int, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream,
+        best: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Queries first to stop - 1, from the best points that the ones before found."""
+        propose = _square if threat.norm == "linf" else _move
         result, index = x.clone(), torch.arange(len(x), device=x.device)
-        best = start(x, threat.eps, stream)
         highest = _margin(model, best, y)
         draws = torch.empty(0)
-        for query in range(self.queries):
+        for query in range(first, stop):
             fooled = highest >= 0
             if fooled.any():
                 result[index[fooled]] = best[fooled]
                 rows = ~fooled
                 index, x, y, best, highest = (value[rows] for value in (index, x, y, best, highest))
-                draws = draws[rows] if query % BLOCK else draws
+                draws = draws[rows] if query % DRAWN else draws
             if not len(index):
                 return result
-            if query % BLOCK == 0:
-                shape = (BLOCK, _DRAWS + 2 * x.shape[1])
+            if query % DRAWN == 0:
+                shape = (DRAWN, _DRAWS + 2 * x.shape[1])
                 draws = stream.take(index).child("squares", query).uniform(shape)
-            x_new = propose(x, best, threat.eps, self.share(query), draws[:, query % BLOCK])
+            x_new = propose(x, best, threat.eps, self.share(query), draws[:, query % DRAWN])
             value = _margin(model, x_new, y)
             better = (value > highest) | (value >= 0)
             best[better], highest[better] = x_new[better], value[better]  # few rows, most queries raise nothing

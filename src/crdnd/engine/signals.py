@@ -1,10 +1,12 @@
-"""Ctrl-C and SIGTERM end a run between two steps, after its state was saved."""
+"""Ctrl-C and SIGTERM: a run ends between two steps, after it was saved; what is saved as it goes ends at once."""
 
 import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+
+from crdnd.errors import Interrupted
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -16,8 +18,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Generator[StopRequest]:
-    """Turn the first signal into a request; a second one acts as it would without us.
+def stop_requests(*, at_once: bool = False) -> Generator[StopRequest]:
+    """Turn the first signal into a request, or into `Interrupted` at once; a second one acts as it would without us.
 
     Only the main thread may handle signals; elsewhere (a notebook's worker, a server) nothing changes.
     """
@@ -28,8 +30,10 @@ def stop_requests() -> Generator[StopRequest]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        request.exit_code = EXIT_CODES[received]
         signal.signal(received, before[received])
+        if at_once:
+            raise Interrupted("", EXIT_CODES[received])
+        request.exit_code = EXIT_CODES[received]
 
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
     for number in before:

@@ -3,7 +3,7 @@
 import itertools
 import uuid
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -15,7 +15,7 @@ from torch import Tensor
 from crdnd.errors import InputError
 from crdnd.io import atomic_write_bytes, make_folder
 
-SUFFIX = ".chunk.safetensors"
+SUFFIX, LEFT_SUFFIX = ".chunk.safetensors", ".left.safetensors"
 PROBE = "probe.safetensors"
 SAME = 1e-3
 """Largest relative difference of two computations of one model, at other thread counts or on other devices."""
@@ -31,8 +31,10 @@ class Chunk:
     """int64 (B,)."""
     stands: Tensor
     """bool (B,)."""
-    adversarial: Tensor | None
+    adversarial: Tensor | None = None
     """The images of those that fell, where they are kept."""
+    left: Tensor | Path | None = None
+    """Where those that stand were left, (B', C, H, W), or the file that holds it, if the next round goes on there."""
 
 
 class Progress:
@@ -50,11 +52,16 @@ class Progress:
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk, on disk first."""
         if self.folder is not None:
+            name = next(self._names)
+            if isinstance(chunk.left, Tensor):
+                path = self.folder / f"{name}{LEFT_SUFFIX}"  # before the chunk, which says that the round is over
+                atomic_write_bytes(path, safetensors.torch.save({"left": chunk.left.cpu().contiguous()}))
+                chunk = replace(chunk, left=path)
             tensors = {"ids": chunk.ids.cpu(), "stands": chunk.stands.to(torch.uint8).cpu()}
             if chunk.adversarial is not None:
                 tensors["adversarial"] = chunk.adversarial.cpu().contiguous()
             data = safetensors.torch.save(tensors, metadata={"step": chunk.step})
-            atomic_write_bytes(self.folder / f"{next(self._names)}{SUFFIX}", data)
+            atomic_write_bytes(self.folder / f"{name}{SUFFIX}", data)
         self.found.setdefault(chunk.step, []).append(chunk)
 
     def reload(self) -> None:
@@ -64,6 +71,33 @@ class Progress:
             for chunk in _chunks(self.folder):
                 self.found.setdefault(chunk.step, []).append(chunk)
 
+    def left(self, step: str, ids: Tensor) -> Tensor | None:
+        """Where a round left these samples (B,), as images (B, C, H, W); None unless it is known for all of them."""
+        wanted = ids.cpu()
+        known, images = torch.zeros(len(wanted), dtype=torch.bool), torch.empty(0)
+        for chunk in self.found.get(step, []):
+            stood = chunk.ids[chunk.stands]
+            here = torch.isin(wanted, stood)
+            if not here.any():
+                continue
+            content = _read(chunk.left).get("left") if isinstance(chunk.left, Path) else chunk.left
+            if content is None:
+                return None
+            images = images if len(images) else content.new_empty(len(wanted), *content.shape[1:])
+            images[here] = content[(wanted[here][:, None] == stood).int().argmax(1)]
+            known |= here
+        return images.to(ids.device) if known.all() else None
+
+    def forget(self, step: str, ids: Tensor) -> None:
+        """Where this round left samples is of no use any more, if these are all of them."""
+        own = set(ids.tolist())
+        chunks = self.found.get(step, [])
+        for number, chunk in enumerate(chunks):
+            if chunk.left is not None and own.issuperset(chunk.ids.tolist()):
+                if isinstance(chunk.left, Path):
+                    chunk.left.unlink(missing_ok=True)
+                chunks[number] = replace(chunk, left=None)
+
 
 def _chunks(folder: Path) -> Generator[Chunk]:
     for path in sorted(folder.glob(f"*{SUFFIX}")):
@@ -71,7 +105,11 @@ def _chunks(folder: Path) -> Generator[Chunk]:
             with safetensors.safe_open(path, "pt") as file:
                 step = (file.metadata() or {})["step"]
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            yield Chunk(step, tensors["ids"], tensors["stands"].bool(), tensors.get("adversarial"))
+            left = path.with_name(path.name.removesuffix(SUFFIX) + LEFT_SUFFIX)
+            yield Chunk(
+                step, tensors["ids"], tensors["stands"].bool(), tensors.get("adversarial"),
+                left if left.exists() else None,
+            )  # fmt: skip
         except (SafetensorError, KeyError, OSError) as error:
             raise InputError(f"{path}: is damaged ({error}); delete it, its batch is then attacked again.") from None
 
@@ -93,9 +131,9 @@ def work_number(root: Path, name: str, probe: tuple[Tensor, Tensor], *, random: 
     for number in itertools.count(1):
         folder = work_folder(root, name, number)
         known = _read(folder / PROBE)
-        if known is None and any(folder.glob(f"*{SUFFIX}")):
+        if not known and any(folder.glob(f"*{SUFFIX}")):
             continue  # verdicts of nobody knows which model
-        if known is None:
+        if not known:
             make_folder(folder)
             atomic_write_bytes(folder / PROBE, safetensors.torch.save(answers))
             return number
@@ -109,11 +147,12 @@ def work_folder(root: Path, name: str, number: int) -> Path:
     return root / (name if number == 1 else f"{name}-{number}")
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _read(path: Path) -> dict[str, Tensor]:
+    """What a file holds; nothing where it has gone or is damaged."""
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError):
-        return None
+        return {}
 
 
 def _close(known: Tensor | None, value: Tensor) -> bool:

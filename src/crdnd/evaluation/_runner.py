@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from crdnd.attacks import Classifier, Round, attack_stream, frozen, true_float32
 from crdnd.data import ImageData
-from crdnd.engine.signals import StopRequest
-from crdnd.errors import Interrupted, RunError
+from crdnd.errors import RunError
 from crdnd.evaluation._plan import Column
 from crdnd.evaluation._progress import Chunk, Progress
 
@@ -50,7 +49,6 @@ class Runner:
         batch_size: how many samples are attacked at once.
         progress: what was found before, and where to keep what is found now.
         keep_adversarial: whether to keep the images that fooled the model.
-        request: set when a signal asks to stop.
         listener: told how far it is.
     """
 
@@ -65,12 +63,11 @@ class Runner:
         batch_size: int,
         progress: Progress,
         keep_adversarial: bool = False,
-        request: StopRequest | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.model, self.data, self.ids, self.num_classes = model, data, ids, num_classes
         self.seed, self.batch_size, self.progress = seed, batch_size, progress
-        self.keep_adversarial, self.request, self.listener = keep_adversarial, request, listener
+        self.keep_adversarial, self.listener = keep_adversarial, listener
         self.verdicts: dict[str, Tensor] = {}
         """For 'clean', every column and every part of one: int8 (N,), FELL, STANDS or NOT_RUN."""
 
@@ -78,9 +75,9 @@ class Runner:
         """Natural predictions: which of this process's samples are right, as ids."""
         with true_float32(), frozen(self.model, self._probe()) as plain:
 
-            def right(ids: Tensor) -> tuple[Tensor, None]:
+            def right(ids: Tensor) -> Chunk:
                 x, y = self.data.batch(ids)
-                return plain(x).argmax(1) == y, None
+                return Chunk("clean", ids.cpu(), (plain(x).argmax(1) == y).cpu())
 
             standing = self._round("clean", "clean", "clean", 1, 1, self.ids, right)
         self.verdicts["clean"] = self._unknown()
@@ -98,11 +95,12 @@ class Runner:
         total[standing] = STANDS
         with true_float32(), frozen(self.model, self._probe()) as plain:
             for number, part in enumerate(rounds, 1):
-                step = f"{column.name}/{part.attack}/{part.index}"
-                before = standing
-                standing = self._round(
-                    column.name, part.attack, step, number, len(rounds), before, self._attacked(column, part, plain)
-                )
+                goes_on = number < len(rounds) and rounds[number].go_on is not None
+                before, step = standing, _step(column, part)
+                attacked = self._attacked(column, part, plain, goes_on=goes_on)
+                standing = self._round(column.name, part.attack, step, number, len(rounds), before, attacked)
+                if part.go_on is not None:
+                    self.progress.forget(_step(column, rounds[number - 2]), self.ids)
                 for verdicts in [total, *self._of_part(column, part)]:
                     verdicts[before] = FELL
                     verdicts[standing] = STANDS
@@ -122,18 +120,23 @@ class Runner:
             stands &= self.verdicts[name][self.ids] == STANDS
         return self.ids[stands]
 
-    def _attacked(
-        self, column: Column, part: Round, plain: Classifier
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-        def look(ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _attacked(self, column: Column, part: Round, plain: Classifier, *, goes_on: bool) -> Callable[[Tensor], Chunk]:
+        """One batch under one round; `goes_on` says whether the next one begins where this one leaves the samples."""
+        step, before = _step(column, part), _step(column, part, block=part.block - 1)
+
+        def look(ids: Tensor) -> Chunk:
             x, y = self.data.batch(ids)
-            stream = attack_stream(self.seed, ids).child(part.attack, part.index)
-            x_adv = part.search(self.model, x, y, column.threat, stream)
+            task = (self.model, x, y, column.threat, attack_stream(self.seed, ids).child(part.attack, part.index))
+            last = self.progress.left(before, ids) if part.go_on else None
+            x_adv = part.search(*task) if part.go_on is None or last is None else part.go_on(*task, last)
             if not bool(column.threat.allows(x_adv, x).all()):
                 raise RunError(f"{part.attack}: made an image outside {column.threat}; this is an error of the attack.")
             # The model as it is has the last word, whatever helped to compute the attack.
             stands = plain(x_adv).argmax(1) == y
-            return stands, x_adv[~stands] if self.keep_adversarial else None
+            return Chunk(
+                step, ids.cpu(), stands.cpu(),
+                x_adv[~stands] if self.keep_adversarial else None, x_adv[stands].cpu() if goes_on else None,
+            )  # fmt: skip
 
         return look
 
@@ -145,20 +148,18 @@ class Runner:
         number: int,
         rounds: int,
         ids: Tensor,
-        look: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        look: Callable[[Tensor], Chunk],
     ) -> Tensor:
         """One round on these samples, without those that it saw before a kill; returns the ids of what stands."""
         known = self._known(step)
         todo = ids[known[ids] == NOT_RUN]
         for batch in todo.split(self.batch_size) if len(todo) else ():
-            stands, images = look(batch)
-            self.progress.add(Chunk(step, batch.cpu(), stands.cpu(), images))
-            known[batch] = stands.to(torch.int8)
+            chunk = look(batch)
+            self.progress.add(chunk)
+            known[batch] = chunk.stands.to(known)
             if self.listener:
                 done = int((known[ids] != NOT_RUN).sum())
                 self.listener(Step(column, name, number, rounds, done, len(ids)))
-            if self.request is not None and self.request.exit_code is not None:
-                raise Interrupted("", self.request.exit_code)
         return ids[known[ids] == STANDS]
 
     def _known(self, step: str) -> Tensor:
@@ -172,3 +173,9 @@ class Runner:
 
     def _probe(self) -> Tensor:
         return self.data.batch(torch.arange(min(PROBE, len(self.data)), device=self.data.x.device))[0]
+
+
+def _step(column: Column, part: Round, block: int | None = None) -> str:
+    """What a round is called in a work folder."""
+    block = part.block if block is None else block
+    return f"{column.name}/{part.attack}/{part.index}" + (f"/{block}" if block > 0 else "")

@@ -131,10 +131,10 @@ def evaluate(
     progress = Progress(folder)
     ids = torch.arange(len(images), device=images.x.device)[state.process_index :: state.num_processes]
     size = batch_size_that_fits(model, images) if batch_size == "auto" else batch_size
-    with stop_requests() if work is not None else nullcontext() as request:
+    with stop_requests(at_once=True) if work is not None else nullcontext():
         runner = Runner(
             model, images, ids, num_classes=num_classes, seed=seed, batch_size=size, progress=progress,
-            keep_adversarial=save_adversarial is not None, request=request, listener=listener,
+            keep_adversarial=save_adversarial is not None, listener=listener,
         )  # fmt: skip
         try:
             _run(runner, chosen, threat, images, surrogate, everything, protocol.eps_sweep)
