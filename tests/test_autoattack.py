@@ -9,11 +9,12 @@ from torch import nn
 from crdnd.attacks import Sequence, frozen, load_attack
 from crdnd.attacks._apgd import looks
 from crdnd.data import load_data
+from crdnd.errors import InputError
 from crdnd.losses import cross_entropy, dlr
 from crdnd.models import create_model
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
-from support import BATCH, CLASSES, Recorder, TinyNet, generator, images, small_attack, wavering
+from support import BATCH, CLASSES, RankOneVictim, Recorder, TinyNet, generator, images, small_attack, wavering
 
 IDS = torch.tensor([11, 5, 0, 77, 8, 300])
 STREAM = Stream.of("t", ids=IDS)
@@ -39,10 +40,11 @@ def test_the_standard_version_has_the_official_parts_and_settings():
         "fab_t.iterations": 100, "fab_t.targets": 9, "fab_t.alpha_max": 0.1, "fab_t.eta": 1.05, "fab_t.beta": 0.9,
         "square.queries": 5000, "square.first_share": 0.8, "square.restarts": 1,
     }  # fmt: skip
-    names = [(part.attack, part.index) for part in attack.rounds(10)]
-    nine = [[(name, rank) for rank in range(9)] for name in ("apgd_t", "fab_t")]
-    assert names == [("apgd_ce", 0), *nine[0], *nine[1], ("square", 0)]
-    assert [part.attack for part in attack.rounds(2)] == list(PARTS)
+    names = [(part.attack, part.index, part.block) for part in attack.rounds(10)]
+    nine = [[(name, rank, 0) for rank in range(9)] for name in ("apgd_t", "fab_t")]
+    blocks = [("square", 0, block) for block in range(10)]
+    assert names == [("apgd_ce", 0, 0), *nine[0], *nine[1], *blocks]
+    assert [part.attack for part in attack.rounds(2) if not part.block] == list(PARTS)
 
 
 def test_the_rand_version_has_the_official_parts_and_settings():
@@ -231,3 +233,18 @@ def test_a_sequence_of_anything_names_its_settings_by_its_parts():
     assert both.settings()["fgsm.steps"] == 1
     assert both.settings()["uniform_noise.draws"] == 100
     assert not both.judged_on_all
+
+
+def test_where_the_official_implementation_fails_it_says_so_in_one_line():
+    pytest.importorskip("pyautoattack")
+    from crdnd.evaluation._reference import reference
+
+    attack = reference({"autoattack": load_attack("autoattack")}, seed=0)["autoattack"]
+    victim, x = RankOneVictim(2), images().float()
+    victim.float()
+    y = victim(x).argmax(1)
+    with pytest.raises(
+        InputError, match=r"^engine: pyautoattack \S+ fails on this model .*leave --engine away"
+    ) as caught:
+        attack(victim, x, y, ThreatModel(eps=0.001), Stream.of("t", ids=torch.arange(len(x))))
+    assert "\n" not in str(caught.value)

@@ -172,7 +172,8 @@ def test_an_attack_has_rounds_for_any_number_of_classes(name):
     for classes in (2, 3, 10, 100):
         rounds = load_attack(name).rounds(classes)
         assert rounds
-        keys = [(part.attack, part.index) for part in rounds]
+        assert all((part.go_on is not None) == (part.block > 0) for part in rounds)
+        keys = [(part.attack, part.index) for part in rounds if part.go_on is None]
         assert len(set(keys)) == len(keys), "two rounds would share their draws"
         assert all(isinstance(note, str) for note in load_attack(name).notes(classes))
 

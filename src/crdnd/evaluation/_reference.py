@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crdnd.attacks import Attack, Classifier, Round
 from crdnd.attacks import Sequence as AttackSequence
-from crdnd.errors import InputError
+from crdnd.errors import InputError, first_line
 from crdnd.provenance import installed_version
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
@@ -43,7 +43,13 @@ class ReferenceAutoAttack(Attack):
             attack = package.AutoAttack(
                 model, device=x.device, eps=threat.eps, norm=norm, seed=self.seed, version=self.version
             )
-            x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
+            try:
+                x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
+            except Exception as error:  # fewer than 4 classes, and l2 on images that are not square, end in one
+                raise InputError(
+                    f"engine: {self.package} fails on this model and these images ({first_line(error)}); "
+                    "leave --engine away, our own has no such limits."
+                ) from error
         # It clamps to the ball by another formula, which may miss ours by a rounding.
         return threat.project(x_adv, x)
 
