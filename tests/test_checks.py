@@ -74,10 +74,10 @@ BORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], float, float]] = {
         100 * 39 / 139,
     ),
     "logit_scale": (
-        {"pgd_sat": 100, **SCALED, "check_pgd_sat_x30": 132},
-        {"pgd_sat": 100, **SCALED, "check_pgd_sat_x30": 133},
-        8.0,
-        8.25,
+        {"pgd_sat": 100, **SCALED, "check_pgd_sat_x30": 138},
+        {"pgd_sat": 100, **SCALED, "check_pgd_sat_x30": 139},
+        100 * 38 / 138,
+        100 * 39 / 139,
     ),
     "not_converged": ({"apgd_ce": 50, "check_apgd_ce_1000": 54}, {"apgd_ce": 50, "check_apgd_ce_1000": 55}, 1.0, 1.25),
     "unbounded": ({"check_unbounded": range(2, N)}, {"check_unbounded": range(3, N)}, 0.5, 0.75),
@@ -97,6 +97,8 @@ def test_a_check_is_suspicious_just_above_its_threshold(name):
 def test_cross_entropy_must_miss_seven_points_too():
     assert not found("ce_against_margin", pgd_sat=10, cw_inf=38).suspicious  # 74% of what falls, 7 points of all
     assert found("ce_against_margin", pgd_sat=10, cw_inf=39).suspicious
+    assert not found("logit_scale", pgd_sat=10, **SCALED_NONE | {"check_pgd_sat_x3": 38}).suspicious
+    assert found("logit_scale", pgd_sat=10, **SCALED_NONE | {"check_pgd_sat_x3": 39}).suspicious
 
 
 # Of 20 images, two are 10 points: far above every threshold, and still too few.

@@ -30,6 +30,8 @@ LARGE_EPS = 0.5
 FEWEST = 3
 """A difference between attacks of fewer images than this raises no alarm."""
 AUTOATTACK = "autoattack"
+LARGEST_SHARE, LARGEST_GAP = 28.0, 7.0
+"""Of the images that can be broken (percent), and of all (points): what cross-entropy may miss on an honest model."""
 LOOKED_AT = 256
 """Images on which the checks of outputs and gradients look."""
 
@@ -264,15 +266,25 @@ def _ce_against_margin(evidence: Evidence) -> Check | None:
         return None
     missed = _ce_gap(evidence, others)
     broken = functools.reduce(torch.logical_or, [evidence.fell(name) for name in ("pgd_sat", *others)])
-    share, points = 100 * missed / max(int(broken.sum()), 1), evidence.points(missed)
+    return _missed_share(
+        evidence, "ce_against_margin", missed, int(broken.sum()),
+        "it, margin and targeted attacks break",
+        "believe margin and targeted attacks: cross-entropy is blunt on this model",
+    )  # fmt: skip
+
+
+def _missed_share(
+    evidence: Evidence, name: str, missed: int, broken: int, what: str, advice: str, more: str = ""
+) -> Check:
+    """Of the images that can be broken, the share that `pgd_sat` misses: free of how many lie near the boundary."""
+    share, points = 100 * missed / max(broken, 1), evidence.points(missed)
     return Check(
-        name="ce_against_margin",
+        name=name,
         number=share,
-        threshold=28.0,
-        suspicious=share > 28.0 and points > 7.0 and missed >= FEWEST,
-        says=f"cross-entropy (pgd_sat) misses {share:.0f}% of the images that it, margin and targeted attacks break "
-        f"({points:.1f} points)",
-        advice="believe margin and targeted attacks: cross-entropy is blunt on this model",
+        threshold=LARGEST_SHARE,
+        suspicious=share > LARGEST_SHARE and points > LARGEST_GAP and missed >= FEWEST,
+        says=f"cross-entropy (pgd_sat) misses {share:.0f}% of the images that {what} ({points:.1f} points){more}",
+        advice=advice,
     )
 
 
@@ -290,15 +302,14 @@ def _logit_scale(evidence: Evidence) -> Check | None:
         ((scale, int(evidence.stands(name).sum())) for scale, name in zip(SCALES, names, strict=True)),
         key=lambda pair: pair[1],
     )
-    number = evidence.points(plain - lowest)
-    says = f"pgd_sat finds {number:.1f} points more on logits times {scale}"
+    gain = plain - lowest
     others = [name for name in ("cw_inf", "check:apgd_dlr", "apgd_t") if evidence.ran(name)]
     gap = _ce_gap(evidence, others) if others else 0
-    if gap >= FEWEST:
-        says += f", {100 * (plain - lowest) / gap:.0f}% of its distance to margin and targeted attacks"
-    return _above(
-        "logit_scale", number, 8.0, says, "believe losses without a scale, such as DLR or the margin",
-        images=plain - lowest,
+    more = f", {100 * gain / gap:.0f}% of its distance to margin and targeted attacks" if gap >= FEWEST else ""
+    broken = int(evidence.stands("clean").sum()) - lowest
+    return _missed_share(
+        evidence, "logit_scale", gain, broken, f"it breaks on logits times {scale}",
+        "believe losses without a scale, such as DLR or the margin", more,
     )  # fmt: skip
 
 
