@@ -174,7 +174,7 @@ def test_the_thresholds_are_those_of_the_documentation():
             assert (check.threshold, numbers) == (0.0, [])
         elif check.name == "noise":
             assert check.threshold == max(float(numbers[0]), 100 * 9 / N)
-        elif check.name == "ce_against_margin":
+        elif check.name in ("ce_against_margin", "logit_scale"):
             assert (check.threshold, numbers) == (28.0, ["28", "7"])
         else:
             assert [float(number) for number in numbers] == [check.threshold], check.name
