@@ -117,13 +117,17 @@ def test_views_of_an_attack_and_of_a_method_decide_whether_a_teacher_is_needed()
 
 
 def test_inner_losses_are_those_of_the_papers():
-    v = coins(y=[0, 1, 1], s_nat=[FAIR, SURE, SURE], s_adv=[BIASED, BIASED, SURE], t_nat=[SURE, FAIR, SURE])
+    same = [SURE, FAIR, SURE]
+    v = coins(
+        y=[0, 1, 1], s_nat=[FAIR, SURE, SURE], s_adv=[BIASED, BIASED, SURE], t_nat=same, t_adv=same, t_linear=same
+    )
     found = {name: inner.loss(v).tolist() for name, inner in INNER_LOSSES.items()}
     # CE(S(x'), y): -log 3/4, -log 1/4, -log 1/10. Margin: the other logit minus the true one.
     assert found["ce"] == close([math.log(4 / 3), math.log(4), math.log(10)])
     assert found["margin"] == close([-math.log(3), math.log(3), math.log(9)])
     # KL(T(x) || S(x')) and KL(S(x) || S(x')): the prediction on x comes first.
-    assert found["kl_teacher"] == close([KL_SURE_BIASED, KL_FAIR_BIASED, 0.0])
+    for name in ("kl_teacher", "adaad", "linear_teacher"):
+        assert found[name] == close([KL_SURE_BIASED, KL_FAIR_BIASED, 0.0])
     assert found["trades"] == close([KL_FAIR_BIASED, KL_SURE_BIASED, 0.0])
 
 

@@ -32,6 +32,28 @@ def kl(target: Tensor, student: Tensor, tau: float = 1.0) -> Tensor:
     return (log_t.exp() * (log_t - log_s)).sum(dim=1)
 
 
+def gradient_match(t_plus: Tensor, t_minus: Tensor, s_plus: Tensor, s_minus: Tensor) -> Tensor:
+    """KL(softmax(T(x + d) - T(x - d)) || softmax(S(x + d) - S(x - d))), four times (B, K) -> (B,).
+
+    Indirect gradient distillation matching, Lee et al. 2025 (ICLR): where both networks are nearly linear around x, the
+    difference of two predictions is twice the change of the logits along d, so that matching differences matches input
+    gradients without computing any.
+    """
+    return kl(t_plus - t_minus, s_plus - s_minus)
+
+
+def repaired(logits: Tensor, y: Tensor) -> Tensor:
+    """A wrong prediction with the label's and the largest logit swapped; a right one as it is. (B, K), (B,) -> (B, K).
+
+    The error correction of Park and Min 2024 (DGAD, ECCV): the label becomes the prediction, everything else that the
+    teacher says about the other classes is kept.
+    """
+    top = logits.argmax(1, keepdim=True)
+    label = y[:, None]
+    at_top, at_label = logits.gather(1, top), logits.gather(1, label)
+    return logits.scatter(1, top, at_label).scatter(1, label, at_top)
+
+
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """The difference of logits ratio, margin / (z_(1) - z_(3)) with z sorted downwards. (B, K), (B,) -> (B,).
 

@@ -2,17 +2,41 @@
 
 from collections.abc import Callable, Collection, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from crdnd.attacks import pgd
 from crdnd.errors import InputError
+from crdnd.losses import gradient_match, repaired
 from crdnd.models import evaluating
-from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, Views, attack_needs
+from crdnd.objectives import INNER_LOSSES, LossTerms, Objective, TrainingAttack, View, Views, attack_needs
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
+
+IGDM_VIEWS: frozenset[View] = frozenset({"s_adv", "s_mirror", "t_adv", "t_mirror"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images, labels, what the attack made of them, and what the teachers see in both."""
+
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    x_adv: Tensor | None
+    teachers: dict[str, Tensor]
+    draws: Stream
+    progress: float
+
+
+@dataclass
+class Passes:
+    """How many images went through each network, counted on the way; recomputed by nobody."""
+
+    student: int = 0
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,9 @@ class Step:
         attack: its inner maximisation; None trains on natural images alone.
         threat: the set the attack searches.
         precision: a context in which the networks run, such as an autocast.
+        second_teacher: another frozen network, for methods that look at two.
+        repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
+        igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
     """
 
     student: nn.Module
@@ -34,55 +61,116 @@ class Step:
     attack: TrainingAttack | None
     threat: ThreatModel
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    second_teacher: nn.Module | None = None
+    repair: bool = False
+    igdm: float | None = None
+    passes: Passes = field(default_factory=Passes)
 
-    def __call__(self, x: Tensor, y: Tensor, stream: Stream, progress: float) -> tuple[LossTerms, Views]:
+    def __call__(
+        self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor | None = None
+    ) -> tuple[LossTerms, Views]:
         """The loss terms of a batch, ready for `backward`, and the views they came from.
 
         Args:
             x: natural images (B, C, H, W) in [0, 1].
             y: labels (B,).
-            stream: draws for the attack's start.
+            stream: draws for the attack's start, and for methods that draw.
             progress: how much of the run is done, in [0, 1).
+            target: mixed labels (B, K), where augmentation mixes.
         """
-        needs = self.objective.needs
-        views = self._look("t", "nat", x, needs | attack_needs(self.attack))
-        if self.attack is not None:
-            x_adv = self._attacked(self.attack, x, y, views, stream)
-            views |= self._look("t", "adv", x_adv, needs)
-        views |= self._look("s", "nat", x, needs)
-        if self.attack is not None:
-            views |= self._look("s", "adv", x_adv, needs)  # pyright: ignore[reportPossiblyUnboundVariable]
-        v = Views(y, progress, views=views)
-        return self.objective(v), v
+        return self.terms(self.prepare(x, y, stream, progress, target))
 
-    def _attacked(
-        self, attack: TrainingAttack, x: Tensor, y: Tensor, teacher_views: dict[str, Tensor], stream: Stream
-    ) -> Tensor:
+    @property
+    def needs(self) -> frozenset[View]:
+        """The views that the method and its parts look at."""
+        return self.objective.needs | (IGDM_VIEWS if self.igdm is not None else frozenset())
+
+    def prepare(self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor | None = None) -> Batch:
+        """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move."""
+        target = y if target is None else target
+        teachers = self._of_teachers("nat", x, y, self.needs | attack_needs(self.attack))
+        x_adv = None
+        if self.attack is not None:
+            x_adv = self._attacked(self.attack, Batch(x, y, target, None, teachers, stream, progress))
+            teachers |= self._of_teachers("adv", x_adv, y, self.needs)
+            teachers |= self._of_teachers("mirror", 2 * x - x_adv, y, self.needs)
+            if "t_linear" in self.needs:
+                teachers["t_linear"] = _linear(teachers, x, x_adv, y)
+        return Batch(x, y, target, x_adv, teachers, stream, progress)
+
+    def terms(self, batch: Batch) -> tuple[LossTerms, Views]:
+        """The student's views of a batch, and the terms that follow."""
+        views = batch.teachers | self._of_student("nat", batch.x, self.needs)
+        if batch.x_adv is not None:
+            views |= self._of_student("adv", batch.x_adv, self.needs)
+            views |= self._of_student("mirror", 2 * batch.x - batch.x_adv, self.needs)
+        v = Views(batch.y, batch.progress, views=views, target=batch.target, draws=batch.draws)
+        terms = self.objective(v)
+        if self.igdm is not None:
+            match = gradient_match(v["t_adv"], v["t_mirror"], v["s_adv"], v["s_mirror"])
+            terms = LossTerms(**terms.terms, igdm=self.igdm * batch.progress * match)
+        return terms, v
+
+    def _attacked(self, attack: TrainingAttack, batch: Batch) -> Tensor:
         """x' (B, C, H, W), found with the student's batch norm in the attack's mode."""
         inner = INNER_LOSSES[attack.loss]
+        x, y = batch.x, batch.y
         with evaluating(self.student) if attack.mode == "eval" else nullcontext():
             with torch.no_grad():
-                at_x = teacher_views | self._look("s", "nat", x, inner.needs)
-            return pgd(
-                lambda z: inner.loss(Views(y, views=at_x | self._look("s", "adv", z, inner.needs))),
-                x,
-                self.threat,
-                steps=attack.steps,
-                step=attack.step,
-                start=attack.start,
-                stream=stream,
-            )
+                at_x = batch.teachers | self._of_student("nat", x, inner.needs)
 
-    def _look(self, who: str, kind: str, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """The views of one network on one input, if any is wanted; the teacher's carry no gradient."""
-        logits, features = f"{who}_{kind}", f"{who}_{kind}_features"
+            def loss(z: Tensor) -> Tensor:
+                views = at_x | self._of_student("adv", z, inner.needs)
+                if "t_adv" in inner.needs:
+                    views |= self._of_teachers("adv", z, y, {"t_adv"})
+                if "t_linear" in inner.needs:
+                    views["t_linear"] = _linear(at_x, x, z, y)
+                return inner.loss(Views(y, views=views, target=batch.target))
+
+            return pgd(
+                loss, x, self._threat(attack, batch.progress),
+                steps=attack.steps, step=attack.step, start=attack.start, restarts=attack.restarts, stream=batch.draws,
+            )  # fmt: skip
+
+    def _threat(self, attack: TrainingAttack, progress: float) -> ThreatModel:
+        """The threat model with the eps of this moment."""
+        if progress >= attack.eps_warmup:
+            return self.threat
+        return self.threat.model_copy(update={"eps": self.threat.eps * progress / attack.eps_warmup})
+
+    def _of_student(self, kind: str, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        found = self._look(self.student, f"s_{kind}", x, wanted)
+        self.passes.student += len(x) if found else 0
+        return found
+
+    def _of_teachers(self, kind: str, x: Tensor, y: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """The teachers' views of one input, with gradients to it where it asks for them, as in an attack."""
+        found: dict[str, Tensor] = {}
+        for who, network in (("t", self.teacher), ("t2", self.second_teacher)):
+            name, slope_wanted = f"{who}_{kind}", who == "t" and kind == "nat" and "t_linear" in wanted
+            asked = {*wanted, name} if slope_wanted else wanted
+            with torch.set_grad_enabled(slope_wanted or (x.requires_grad and torch.is_grad_enabled())):
+                x = x.detach().requires_grad_(True) if slope_wanted else x
+                views = self._look(network, name, x, asked)
+                self.passes.teacher += len(x) if views else 0
+                if self.repair and name in views:
+                    views[name] = repaired(views[name], y)
+                if slope_wanted:
+                    of_label = views[name].gather(1, y[:, None]).sum()
+                    (views["t_slope"],) = torch.autograd.grad(of_label, x)
+                    views = {key: value.detach() for key, value in views.items()}
+            found |= views
+        return found
+
+    def _look(self, network: nn.Module | None, logits: str, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """The views of one network on one input, if any is wanted."""
+        features = f"{logits}_features"
         if logits not in wanted and features not in wanted:
             return {}
-        network = self.student if who == "s" else self.teacher
         assert network is not None, "make_objective refuses a method that looks at a missing teacher"  # noqa: S101
         # One precision context for each pass: autocast keeps its casts of the weights until the context ends, and those
         # made without gradients would silently serve a pass that needs them.
-        with torch.set_grad_enabled(who == "s" and torch.is_grad_enabled()), self.precision():
+        with self.precision():
             if features not in wanted:
                 return {logits: _at_least_float32(network(x))}
             with last_linear_input(network) as captured:
@@ -90,18 +178,29 @@ class Step:
             return {logits: _at_least_float32(output), features: _at_least_float32(captured[-1])}
 
 
+def _linear(teachers: dict[str, Tensor], x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    """T(x) with the label's logit moved by its first-order change from x to x', (B, K)."""
+    change = (teachers["t_slope"] * (x_adv - x)).flatten(1).sum(1, keepdim=True)
+    return teachers["t_nat"].scatter_add(1, y[:, None], change.to(teachers["t_nat"]))
+
+
 def _at_least_float32(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def last_linear(network: nn.Module) -> nn.Linear:
+    """The layer whose input counts as the network's features."""
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise InputError(f"{type(network).__name__} has no linear layer to read features from.")
+    return linears[-1]
 
 
 @contextmanager
 def last_linear_input(network: nn.Module) -> Generator[list[Tensor]]:
     """Collect what goes into the network's last linear layer, (B, D) for each pass in the body."""
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise InputError(f"{type(network).__name__} has no linear layer to read features from.")
     captured: list[Tensor] = []
-    handle = linears[-1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    handle = last_linear(network).register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
         yield captured
     finally:

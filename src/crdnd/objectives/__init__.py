@@ -6,11 +6,13 @@ from crdnd.objectives._base import (
     LossTerms,
     Objective,
     ObjectiveSettings,
+    Processes,
+    Sizes,
     TrainingAttack,
     View,
     Views,
 )
-from crdnd.objectives._inner import INNER_LOSSES, InnerLoss, attack_needs, needs_teacher
+from crdnd.objectives._inner import INNER_LOSSES, InnerLoss, attack_needs, needs_second_teacher, needs_teacher
 
 __all__ = [
     "INNER_LOSSES",
@@ -19,11 +21,14 @@ __all__ = [
     "LossTerms",
     "Objective",
     "ObjectiveSettings",
+    "Processes",
+    "Sizes",
     "TrainingAttack",
     "View",
     "Views",
     "attack_needs",
     "load_objective",
+    "needs_second_teacher",
     "needs_teacher",
     "objective_names",
 ]

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
+from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, Sizes, TrainingAttack, Views
 
 Kind = Literal["nat", "adv"]
 
@@ -102,8 +102,8 @@ class CRDND(Objective):
     counts: Tensor
     previous: Tensor
 
-    def __init__(self, num_classes: int, **settings: object) -> None:
-        super().__init__(num_classes, **settings)
+    def __init__(self, num_classes: int, *, sizes: Sizes | None = None, **settings: object) -> None:
+        super().__init__(num_classes, sizes=sizes, **settings)
         # [nat or adv, seen or right, class]
         self.register_buffer("counts", torch.zeros(2, 2, num_classes, dtype=torch.float64))
         self.register_buffer("previous", torch.zeros(2, 2, num_classes, dtype=torch.float64))
@@ -160,17 +160,23 @@ class CRDND(Objective):
     def _relation(self, kind: Kind, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """The contrast on one kind of image, averaged over each sample's anchors. -> (N,)."""
         u, v = student[kind], teacher[kind]
-        place = torch.arange(len(u), device=u.device)
+        # The pool is that of the joined batch; the anchors are this process's own.
+        gather = self.processes.gather
+        place = self.processes.index * len(u) + torch.arange(len(u), device=u.device)
         if self.settings.views == "student_teacher":
-            pool, here = torch.cat([u, v]), len(u)
+            pool = torch.cat([gather(u), gather(v)])
+            here = len(pool) // 2
             sides = [self._anchored(v, pool, place, place + here)]
             if self.settings.sides == "symmetric":
                 sides.append(self._anchored(u, pool, place + here, place))
         else:
-            offset = 0 if kind == "nat" else len(u)
-            sides = [self._anchored(v, torch.cat([student["nat"], student["adv"]]), place + offset, None)]
+            pool = torch.cat([gather(student["nat"]), gather(student["adv"])])
+            place = place + (0 if kind == "nat" else len(pool) // 2)
+            sides = [self._anchored(v, pool, place, None)]
             if self.settings.sides == "symmetric":
-                sides.append(self._anchored(u, torch.cat([teacher["nat"], teacher["adv"]]), place + offset, None))
+                sides.append(
+                    self._anchored(u, torch.cat([gather(teacher["nat"]), gather(teacher["adv"])]), place, None)
+                )
         return torch.stack(sides).mean(dim=0)
 
     def _anchored(self, anchors: Tensor, pool: Tensor, positive: Tensor, own: Tensor | None) -> Tensor:
