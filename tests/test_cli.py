@@ -76,8 +76,8 @@ OPTIONS = {
         "--save-every-steps", "--out", "--fresh", "--json",
     },
     "distill": {
-        "--recipe", "--set", "--data", "--teacher", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
-        "--save-every-steps", "--out", "--fresh", "--json",
+        "--recipe", "--set", "--data", "--teacher", "--second-teacher", "--model", "--objective", "--eps", "--norm",
+        "--epochs", "--seed", "--save-every-steps", "--out", "--fresh", "--json",
     },
     "evaluate": {
         "--recipe", "--set", "--weights", "--data", "--n", "--preset", "--attacks", "--engine", "--surrogate", "--eps",

@@ -410,11 +410,11 @@ def test_a_teacher_sees_the_images_that_the_student_sees(name):
 def test_a_method_is_refused_without_the_teacher_it_needs_and_with_one_it_ignores(name):
     method, settings = load_objective(name), TrainSettings(objective=name, threat=THREAT)
     needed = needs_teacher(method, method.attack)
-    objective, attack = make_objective(settings, CLASSES, with_teacher=needed)
+    objective, attack = make_objective(settings, CLASSES, teachers=int(needed))
     assert isinstance(objective, method)
     assert attack == method.attack
     with pytest.raises(InputError, match=f"objective {name} " + ("needs a teacher" if needed else "uses no teacher")):
-        make_objective(settings, CLASSES, with_teacher=not needed)
+        make_objective(settings, CLASSES, teachers=int(not needed))
     if not needed:
         terms, _ = step_of(name, TinyNet())(images(), LABELS, Stream.of("test", ids=IDS), 0.9)
         assert torch.isfinite(terms.total)
@@ -423,8 +423,8 @@ def test_a_method_is_refused_without_the_teacher_it_needs_and_with_one_it_ignore
 def test_an_attack_on_the_teachers_divergence_needs_a_teacher_whatever_the_method():
     settings = TrainSettings(objective="pgd_at", threat=THREAT, attack={"loss": "kl_teacher"})
     with pytest.raises(InputError, match="objective pgd_at needs a teacher"):
-        make_objective(settings, CLASSES, with_teacher=False)
-    _, attack = make_objective(settings, CLASSES, with_teacher=True)
+        make_objective(settings, CLASSES, teachers=0)
+    _, attack = make_objective(settings, CLASSES, teachers=1)
     # What was not changed stays the method's own.
     assert attack == TrainingAttack(loss="kl_teacher", start="uniform", mode="train")
 

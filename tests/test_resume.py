@@ -41,14 +41,19 @@ def student(method: str) -> nn.Module:
     return nn.Sequential(TinyNet(dtype=torch.float32, seed=1), nn.Dropout(0.3), nn.Linear(CLASSES, CLASSES, bias=False))
 
 
-# Batch norm, momentum and augmentation in one; dropout, averaged weights, two moments, a second validation rhythm and
-# the state and sums of a method in the other.
+# Batch norm, momentum, augmentation and the parts that combine with any method in one; dropout, averaged weights, two
+# moments, a second validation rhythm and the state and sums of a method in the other.
 OWN: dict[str, dict[str, Any]] = {
     "ard": {
         "objective": {"name": "ard", "tau": 1},
         "augmentation": "shift",
         "save_every_steps": 2,
         "optimizer": {"learning_rate": 0.2},
+        "attack": {"steps": 2, "restarts": 2, "eps_warmup": 0.4},
+        "swa": 0.3,
+        "awp": {"gamma": 0.01, "warmup": 0.2},
+        "igdm": 2.0,
+        "repair": True,
     },
     "crdnd": {
         "objective": "crdnd",

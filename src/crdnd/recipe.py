@@ -24,6 +24,9 @@ class Recipe(TrainSettings):
     split_seed: int = Field(default=0, description="Which split of the data.")
     model: Named = Field(description="An architecture with its settings, or package.module:factory.")
     teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
+    second_teacher: str | None = Field(
+        default=None, description="Likewise; the naturally trained one of the methods that look at two."
+    )
     role: Literal["teacher", "student"] = "student"
     out: str = Field(description="The run's folder.")
 
@@ -33,7 +36,12 @@ class Recipe(TrainSettings):
         model = self._build_model(splits)
         own = {name: getattr(self, name) for name in TrainSettings.model_fields}
         if self.teacher is not None:
-            return distill(model, splits, teacher=self.teacher, out=self.out, fresh=fresh, listener=listener, **own)
+            return distill(
+                model, splits, teacher=self.teacher, second_teacher=self.second_teacher,
+                out=self.out, fresh=fresh, listener=listener, **own,
+            )  # fmt: skip
+        if self.second_teacher is not None:
+            raise InputError("second_teacher: give the robust one as teacher too.")
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
 
     def _build_model(self, splits: Splits) -> Any:

@@ -72,6 +72,9 @@ def distill_command(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="A model folder, a .safetensors file or package.module:factory.")
     ] = None,
+    second_teacher: Annotated[
+        str | None, typer.Option("--second-teacher", help="Likewise, naturally trained; for methods that look at two.")
+    ] = None,
     model: ModelOption = None,
     objective: ObjectiveOption = None,
     eps: EpsOption = None,
@@ -95,8 +98,8 @@ def distill_command(
         crdnd distill --teacher runs/teacher --objective ard --set objective.tau=1 --model cnn --eps 0.1 --out runs/ard
     """
     options = given(
-        data=data, teacher=teacher, model__name=model, objective__name=objective, threat__eps=eps, threat__norm=norm,
-        epochs=epochs, seed=seed, save_every_steps=save_every_steps, out=out,
+        data=data, teacher=teacher, second_teacher=second_teacher, model__name=model, objective__name=objective,
+        threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is None:

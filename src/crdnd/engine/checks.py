@@ -1,5 +1,6 @@
 """A look at networks before hours are spent on them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ def check_splits(splits: Splits) -> None:
         )
 
 
-def check_networks(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> int:
-    """Check both networks of a run and return how many classes they have."""
-    num_classes = check_model(student, data, "student" if teacher is not None else "model")
-    if teacher is not None and (found := check_model(teacher, data, "teacher")) != num_classes:
-        raise InputError(f"the teacher has {found} classes and the student {num_classes}; they must agree.")
+def check_networks(student: nn.Module, teachers: Sequence[nn.Module], data: ImageData) -> int:
+    """Check all networks of a run and return how many classes they have."""
+    num_classes = check_model(student, data, "student" if teachers else "model")
+    for what, teacher in zip(("teacher", "second teacher"), teachers, strict=False):
+        if (found := check_model(teacher, data, what)) != num_classes:
+            raise InputError(f"the {what} has {found} classes and the student {num_classes}; they must agree.")
     return num_classes

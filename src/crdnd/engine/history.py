@@ -21,4 +21,8 @@ class Epoch(Frozen):
     """The weighted terms that add up to `loss`."""
     learning_rate: float
     seconds: float
+    student_passes: float = 0.0
+    """Evaluations of the student for each training image, those of the attack included."""
+    teacher_passes: float = 0.0
+    """Of all teachers."""
     validation: Validation | None = None

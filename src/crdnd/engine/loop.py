@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +19,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from crdnd.attacks import frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.processes import SharedBatch
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
-from crdnd.engine.step import Step
+from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
+from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
 from crdnd.errors import Interrupted, RunError
 from crdnd.models import load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
@@ -34,6 +37,8 @@ from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
 
+PROBE = 8
+"""Images on which the faster computation of a frozen teacher must agree with the plain one."""
 SECONDS_BETWEEN_SAVES = 10.0
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
 STEPS_BETWEEN_LOOKS = 50
@@ -56,7 +61,7 @@ class Trainer:
 
     Args:
         student: the network that learns; its weights are changed.
-        teacher: the frozen network or None.
+        teachers: the frozen networks: none, the robust one, or that and a naturally trained one.
         objective: the method, on the same number of classes.
         attack: the training attack or None.
         data: training and validation data.
@@ -69,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teachers: tuple[nn.Module, ...],
         objective: Objective,
         attack: TrainingAttack | None,
         data: Splits,
@@ -81,17 +86,23 @@ class Trainer:
         device = accelerator.device
         self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
         self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
-        self.student = student.to(device)
-        self.averaged = copy.deepcopy(self.student).eval() if settings.ema else None
+        self.student, self.teachers = student.to(device), teachers
+        averages = settings.ema is not None or settings.swa is not None
+        self.averaged = copy.deepcopy(self.student).eval() if averages else None
         self.objective = objective.to(device)
-        self.optimizer = _optimizer(self.student, settings.optimizer)
+        self.objective.processes = SharedBatch(accelerator)
+        self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.trained, settings.optimizer)
         self.step_function = Step(
             self.student,
-            teacher.to(device) if teacher is not None else None,
+            teachers[0].to(device) if teachers else None,
             self.objective,
             attack,
             settings.threat,
             self._precision,
+            teachers[1].to(device) if len(teachers) > 1 else None,
+            repair=settings.repair,
+            igdm=settings.igdm,
         )
         processes = accelerator.num_processes
         self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
@@ -116,7 +127,11 @@ class Trainer:
         """
         if not self.student.training:
             self.student.train()
-        with stop_requests() as request:
+        probe, _ = self.train_data.batch(torch.arange(min(PROBE, len(self.train_data)), device=self.accelerator.device))
+        with ExitStack() as stack:
+            for teacher in self.teachers:
+                stack.enter_context(frozen(teacher, probe))
+            request = stack.enter_context(stop_requests())
             self._resume()
             self._last_save = time.monotonic()
             while self.step < self.total_steps:
@@ -151,25 +166,42 @@ class Trainer:
             x, self.settings.augmentation, Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         )
 
-        terms, views = self.step_function(
-            x, y, Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids), progress
-        )
-
+        passes = self.step_function.passes
+        passes.student = passes.teacher = 0
+        stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
+        batch = self.step_function.prepare(x, y, stream, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = terms.total
-        self.accelerator.backward(loss)
+        with self._worst_weights(batch):
+            terms, views = self.step_function.terms(batch)
+            loss = terms.total
+            self.accelerator.backward(loss)
         self._share_gradients()
         if self.settings.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
             self.objective.observe(views)
         if self.averaged is not None and self.settings.ema is not None:
-            _average(self.averaged, self.student, self.settings.ema)
-        self._note(loss, terms.terms)
+            average(self.averaged, self.student, 1 - self.settings.ema)
+        values = {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.terms.items()}}
+        for name, count in (("student", passes.student), ("teacher", passes.teacher)):
+            values[f"passes.{name}"] = torch.tensor(count / len(x), dtype=torch.float64, device=loss.device)
+        self._note(values)
         self.step += 1
+
+    def _worst_weights(self, batch: Batch) -> AbstractContextManager[None]:
+        """The weights at which the loss is taken: as they are, or moved to where it is larger (AWP)."""
+        awp = self.settings.awp
+        if awp is None or batch.progress < awp.warmup:
+            return nullcontext()
+        weights = perturbable(self.student)
+        with keeping_statistics(self.student):
+            loss = self.step_function.terms(batch)[0].total
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in gradients]
+        return perturbed(weights, gradients, awp.gamma)
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's order of the samples, int64 (N,); worked out once an epoch."""
@@ -180,13 +212,13 @@ class Trainer:
     def _share_gradients(self) -> None:
         """Average the gradients over the processes; with equal shares that is the gradient of the joined batch."""
         if self.accelerator.num_processes > 1:
-            for parameter in self.student.parameters():
+            for parameter in self.trained:
                 if parameter.grad is not None:
                     parameter.grad = cast("Tensor", self.accelerator.reduce(parameter.grad, "mean"))
 
-    def _note(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    def _note(self, values: dict[str, Tensor]) -> None:
         """Add to the epoch's sums, on the device; look at them only as often as looking is free or due."""
-        for name, value in {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.items()}}.items():
+        for name, value in values.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if self.accelerator.device.type == "cpu" or (self.step + 1) % STEPS_BETWEEN_LOOKS == 0:
@@ -205,14 +237,17 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         sums = {name: cast("Tensor", self.accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
         means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}
+        self._average_epoch(epoch)
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
         entry = Epoch(
             epoch=epoch,
             loss=means["loss"],
-            terms={name.removeprefix("terms."): mean for name, mean in means.items() if name != "loss"},
+            terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=round(self.seconds, 3),
+            student_passes=means.get("passes.student", 0.0),
+            teacher_passes=means.get("passes.teacher", 0.0),
             validation=validation,
         )
         self.history += (entry,)
@@ -223,7 +258,15 @@ class Trainer:
         self.objective.end_epoch()
         self._report(entry)
 
+    def _average_epoch(self, epoch: int) -> None:
+        """Take the weights at the end of an epoch into their average (SWA); before its start they are the average."""
+        if self.averaged is not None and self.settings.swa is not None:
+            first = math.floor(self.settings.swa * self.settings.epochs) + 1
+            average(self.averaged, self.student, 1 / max(1, epoch - first + 1))
+
     def _validate(self, epoch: int) -> Validation:
+        if self.averaged is not None:
+            reestimate_batch_norm(self.averaged, self.train_data, self.batch_size)
         validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
         if self.best_epoch is None or self._rank(validation) > self._rank(self._best_validation()):
             self.best_epoch = epoch
@@ -337,8 +380,7 @@ class Trainer:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
 
-def _optimizer(student: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     if settings.name == "adamw":
         return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
@@ -348,19 +390,6 @@ def _optimizer(student: nn.Module, settings: OptimizerSettings) -> torch.optim.O
         nesterov=settings.nesterov and settings.momentum > 0,
         weight_decay=settings.weight_decay,
     )
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
-    """averaged <- decay * averaged + (1 - decay) * student, batch-norm statistics included; counters are copied."""
-    # By parameters and buffers, which name a shared tensor once; a state dict names tied weights twice.
-    own_tensors = [*averaged.parameters(), *averaged.buffers()]
-    new_tensors = [*student.parameters(), *student.buffers()]
-    for own, new in zip(own_tensors, new_tensors, strict=True):
-        if own.is_floating_point():
-            own.lerp_(new, 1 - decay)
-        else:
-            own.copy_(new)
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -24,12 +24,12 @@ from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
+from crdnd.engine.step import feature_size
 from crdnd.errors import InputError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, read_json
 from crdnd.models import (
     ModelCard,
     Normalized,
-    evaluating,
     is_model_folder,
     load_tensors,
     resolve_model,
@@ -37,7 +37,7 @@ from crdnd.models import (
     state,
     weights_sha256,
 )
-from crdnd.objectives import Objective, TrainingAttack, load_objective, needs_teacher
+from crdnd.objectives import Objective, Sizes, TrainingAttack, load_objective, needs_second_teacher, needs_teacher
 
 log = logging.getLogger("crdnd")
 
@@ -100,7 +100,7 @@ def train(
         RunError: the loss is not finite any more, or the disk is full; the last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    return _run(model, None, data, settings, Path(out), fresh=fresh, role=role, listener=listener)
+    return _run(model, (), data, settings, Path(out), fresh=fresh, role=role, listener=listener)
 
 
 def distill(
@@ -108,6 +108,7 @@ def distill(
     data: DataSource,
     *,
     teacher: nn.Module | str | Path,
+    second_teacher: nn.Module | str | Path | None = None,
     out: str | Path,
     fresh: bool = False,
     listener: Listener | None = None,
@@ -120,6 +121,7 @@ def distill(
         data: as for `train`.
         teacher: a module, a run's or model's folder, a `.safetensors` file or "package.module:factory". It is
             neither changed nor trained.
+        second_teacher: likewise; the naturally trained one of the methods that look at two.
         out: as for `train`.
         fresh: as for `train`.
         listener: as for `train`.
@@ -128,26 +130,37 @@ def distill(
     Returns:
         The finished run; raises as `train` does.
     """
-    frozen = teacher if isinstance(teacher, nn.Module) else resolve_model(str(teacher))
-    return _run(student, frozen, data, settings, Path(out), fresh=fresh, role="student", listener=listener)
+    given = [teacher] if second_teacher is None else [teacher, second_teacher]
+    teachers = tuple(one if isinstance(one, nn.Module) else resolve_model(str(one)) for one in given)
+    return _run(student, teachers, data, settings, Path(out), fresh=fresh, role="student", listener=listener)
 
 
 def make_objective(
-    settings: TrainSettings, num_classes: int, *, with_teacher: bool
+    settings: TrainSettings, num_classes: int, *, teachers: int, sizes: Sizes | None = None
 ) -> tuple[Objective, TrainingAttack | None]:
-    """The method of these settings and the training attack it runs with."""
+    """The method of these settings and the training attack it runs with, for so many teachers at hand."""
     name = settings.objective.name
-    objective = load_objective(name)(num_classes, **settings.objective.settings)
+    objective = load_objective(name)(num_classes, sizes=sizes, **settings.objective.settings)
     changes = settings.attack.model_dump(exclude_none=True)
     if changes and objective.attack is None:
         raise InputError(f"attack.{next(iter(changes))}: objective {name} trains without an attack.")
     attack = objective.attack.model_copy(update=changes) if objective.attack else None
-    if needs_teacher(objective, attack) and not with_teacher:
-        raise InputError(
-            f"objective {name} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`."
-        )
-    if with_teacher and not needs_teacher(objective, attack):
+    if settings.igdm is not None and attack is None:
+        raise InputError(f"igdm: objective {name} trains without an attack, and there is nothing to match.")
+    needed = needs_teacher(objective, attack) or settings.igdm is not None
+    if needed and not teachers:
+        what = f"objective {name}" if needs_teacher(objective, attack) else "igdm"
+        raise InputError(f"{what} needs a teacher: use `crdnd distill --teacher` or `distill(..., teacher=...)`.")
+    if teachers and not needed:
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
+    if settings.repair and not needed:
+        raise InputError(f"repair: objective {name} has no teacher to repair.")
+    if needs_second_teacher(objective) != (teachers > 1):
+        raise InputError(
+            f"objective {name} uses one teacher; leave second_teacher away."
+            if teachers > 1
+            else f"objective {name} needs a second, naturally trained teacher: give second_teacher."
+        )
     return objective, attack
 
 
@@ -168,7 +181,7 @@ def as_splits(data: Any, seed: int) -> Splits:
 
 def _run(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: tuple[nn.Module, ...],
     data: Any,
     values: Mapping[str, Any],
     out: Path,
@@ -179,12 +192,19 @@ def _run(
 ) -> Run:
     settings = build(TrainSettings, values)
     splits = as_splits(data, settings.seed)
-    num_classes = check_networks(student, teacher, splits.train)
-    objective, attack = make_objective(settings, num_classes, with_teacher=teacher is not None)
-    teacher_sha256 = weights_sha256(teacher) if teacher is not None else None
+    num_classes = check_networks(student, teachers, splits.train)
+    sizes = Sizes(
+        student_features=feature_size(student),
+        teacher_features=feature_size(teachers[0]) if teachers else 0,
+        samples=len(splits.train),
+    )
+    objective, attack = make_objective(settings, num_classes, teachers=len(teachers), sizes=sizes)
+    sha256s = [weights_sha256(teacher) for teacher in teachers]
+    teacher_sha256 = sha256s[0] if sha256s else None
     identity = {
         "data": f"{splits.train.name} {splits.sha256[:16]}",
         "teacher": teacher_sha256 and teacher_sha256[:16],
+        "second_teacher": sha256s[1][:16] if len(sha256s) > 1 else None,
         "model": _describe(student),
     }
     accelerator = _accelerator(settings, out)
@@ -199,13 +219,8 @@ def _run(
             _open_run(out, settings, identity)
         accelerator.wait_for_everyone()
         threads = _open_run(out, settings, identity)
-        trainer = Trainer(student, teacher, objective, attack, splits, settings, out, accelerator, listener)
-        with (
-            _logged(out),
-            _threads(threads),
-            torch.random.fork_rng(),
-            evaluating(teacher) if teacher is not None else nullcontext(),
-        ):
+        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
+        with _logged(out), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample

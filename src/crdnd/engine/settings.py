@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from crdnd.config import Frozen
 from crdnd.data import Augmentation
+from crdnd.objectives import AttackLoss
 from crdnd.threat import ThreatModel
 
 
@@ -61,11 +62,20 @@ class Seeds(Frozen):
 class AttackOverrides(Frozen):
     """What differs from the training attack that the method's paper names."""
 
-    loss: Literal["ce", "margin", "kl_teacher", "trades"] | None = None
+    loss: AttackLoss | None = None
     steps: int | None = Field(default=None, ge=1)
     step: float | None = Field(default=None, gt=0, description="As a fraction of eps.")
     start: Literal["none", "uniform", "gaussian"] | None = None
+    restarts: int | None = Field(default=None, ge=1)
+    eps_warmup: float | None = Field(default=None, ge=0, lt=1)
     mode: Literal["train", "eval"] | None = None
+
+
+class WeightPerturbation(Frozen):
+    """Adversarial weight perturbation, Wu et al. 2020 (arXiv 2004.05884): the loss at the worst weights nearby."""
+
+    gamma: float = Field(default=0.005, gt=0, description="Length of a layer's move over that of its weights.")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="Part of the run without it: 10 of 200 epochs.")
 
 
 class TrainSettings(Frozen):
@@ -83,6 +93,23 @@ class TrainSettings(Frozen):
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
+    )
+    swa: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="From which part of the run on the weights at the ends of epochs are averaged; the average is then "
+        "the result.",
+    )
+    awp: WeightPerturbation | None = Field(default=None, description="Adversarial weight perturbation.")
+    igdm: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weight, at the end of the run, of the matching of the teacher's input gradients (IGDM); it grows "
+        "from 0.",
+    )
+    repair: bool = Field(
+        default=False, description="Swap a wrong teacher's largest logit and that of the label, on x and on x'."
     )
     augmentation: Augmentation = "none"
     validate_every: int = Field(
@@ -106,6 +133,12 @@ class TrainSettings(Frozen):
         """The seed of that purpose: its own, or the run's."""
         own: int | None = getattr(self.seeds, purpose)
         return self.seed if own is None else own
+
+    @model_validator(mode="after")
+    def _one_average(self) -> "TrainSettings":
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("ema and swa are two ways to average the weights; choose one.")
+        return self
 
     @field_validator("select_on", mode="before")
     @classmethod

@@ -188,19 +188,24 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
-def last_linear(network: nn.Module) -> nn.Linear:
-    """The layer whose input counts as the network's features."""
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise InputError(f"{type(network).__name__} has no linear layer to read features from.")
-    return linears[-1]
+def feature_size(network: nn.Module) -> int:
+    """How wide the network's features are; 0 where it has no linear layer to read them from."""
+    linears = _linears(network)
+    return linears[-1].in_features if linears else 0
+
+
+def _linears(network: nn.Module) -> list[nn.Linear]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
 @contextmanager
 def last_linear_input(network: nn.Module) -> Generator[list[Tensor]]:
     """Collect what goes into the network's last linear layer, (B, D) for each pass in the body."""
+    linears = _linears(network)
+    if not linears:
+        raise InputError(f"{type(network).__name__} has no linear layer to read features from.")
     captured: list[Tensor] = []
-    handle = last_linear(network).register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    handle = linears[-1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
         yield captured
     finally:

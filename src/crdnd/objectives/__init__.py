@@ -3,6 +3,7 @@
 from crdnd import registry
 from crdnd.objectives._base import (
     VIEWS,
+    AttackLoss,
     LossTerms,
     Objective,
     ObjectiveSettings,
@@ -17,6 +18,7 @@ from crdnd.objectives._inner import INNER_LOSSES, InnerLoss, attack_needs, needs
 __all__ = [
     "INNER_LOSSES",
     "VIEWS",
+    "AttackLoss",
     "InnerLoss",
     "LossTerms",
     "Objective",

@@ -1,0 +1,88 @@
+"""What is done to weights besides training them: averages, re-estimated batch norms, adversarial perturbation."""
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from crdnd.attacks import true_float32
+from crdnd.data import ImageData
+from crdnd.models import evaluating
+
+_TINY = 1e-12
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, student: nn.Module, share: float) -> None:
+    """averaged <- (1 - share) * averaged + share * student, batch-norm statistics included; counters are copied."""
+    # By parameters and buffers, which name a shared tensor once; a state dict names tied weights twice.
+    own_tensors = [*averaged.parameters(), *averaged.buffers()]
+    new_tensors = [*student.parameters(), *student.buffers()]
+    for own, new in zip(own_tensors, new_tensors, strict=True):
+        if own.is_floating_point():
+            own.lerp_(new, share)
+        else:
+            own.copy_(new)
+
+
+def reestimate_batch_norm(network: nn.Module, data: ImageData, batch_size: int) -> None:
+    """Give the batch norms of averaged weights the statistics of the natural training images under these weights.
+
+    The average of the statistics of many networks is not the statistics of their average (Izmailov et al. 2018, arXiv
+    1803.05407).
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(network), true_float32(), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        try:
+            # An incomplete last batch would count as much as a whole one, and might have one image.
+            whole = len(data) // batch_size * batch_size or len(data)
+            for ids in torch.arange(whole, device=data.x.device).split(batch_size):
+                network(data.batch(ids)[0])
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def keeping_statistics(network: nn.Module) -> Generator[None]:
+    """A pass in the body leaves no trace in the network's buffers."""
+    before = [buffer.clone() for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(network.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+
+@contextmanager
+def perturbed(weights: Iterable[Tensor], gradients: Iterable[Tensor], gamma: float) -> Generator[None]:
+    """Each weight w moved by gamma ||w|| g / ||g|| for the body's time, and put back exactly.
+
+    Adversarial weight perturbation, Wu et al. 2020 (arXiv 2004.05884), section 4.2 with one step.
+    """
+    moved = list(weights)
+    before = [weight.detach().clone() for weight in moved]
+    with torch.no_grad():
+        for weight, gradient in zip(moved, gradients, strict=True):
+            weight.add_(gradient * (gamma * weight.norm() / (gradient.norm() + _TINY)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(moved, before, strict=True):
+                weight.copy_(value)
+
+
+def perturbable(network: nn.Module) -> list[nn.Parameter]:
+    """What adversarial weight perturbation moves: weights with more than one axis; no biases, no norms."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.ndim > 1]
