@@ -177,7 +177,7 @@ def test_the_networks_run_as_often_as_the_method_looks_and_no_more(
     distill(student, splits(BATCH), teacher=teacher, out=tmp_path / "run", **common)
     look, freezing, outer = 1, 2, 2
     assert len(teacher.inputs) == look + freezing + teacher_passes
-    assert len(student.inputs) == look + 3 + outer
+    assert len(student.inputs) == look + freezing + 3 + outer
     assert sum(student.modes) == outer + (3 if attack_mode == "train" else 0)
 
 
@@ -495,7 +495,7 @@ def test_validation_attacks_take_ten_quarter_steps_from_starts_that_are_always_t
     assert first[0] == second[0]
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
-    natural, *passes = first[1]
+    _, _, natural, *passes = first[1]  # two looks at what freezing changes
     assert len(natural) == len(data)
     assert len(passes) == 11 + 11
     for path in (passes[:11], passes[11:]):

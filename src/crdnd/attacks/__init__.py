@@ -1,15 +1,17 @@
 """Attacks: pure functions that look for a legal input which fools a model. One file, one attack."""
 
 from crdnd.attacks._base import Attack, Classifier, PerSampleLoss, Round, input_gradient
-from crdnd.attacks._frozen import answers, frozen
+from crdnd.attacks._frozen import PROBE, Folding, answers, frozen
 from crdnd.attacks._load import attack_names, load_attack
 from crdnd.attacks._pgd import TableAttack, pgd
 from crdnd.attacks._sequence import Sequence
 from crdnd.attacks._verdicts import adversarial, attack_stream, true_float32, verdicts
 
 __all__ = [
+    "PROBE",
     "Attack",
     "Classifier",
+    "Folding",
     "PerSampleLoss",
     "Round",
     "Sequence",

@@ -1,11 +1,12 @@
 """The same function, computed faster: what a model is while it is only attacked and not trained."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -14,6 +15,10 @@ from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
 """Largest relative difference of a sample's logits and input gradient between the fast and the plain computation."""
+PROBE = 8
+"""How many images are enough to see whether they agree."""
+LARGEST_MATRIX = 1 << 17
+"""Up to so many entries, a convolution on a CPU is computed as a product with the matrix of all its pixels."""
 
 
 @dataclass
@@ -23,13 +28,25 @@ class _Switch:
     on: bool = True
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The one call of a convolution in a pass."""
+
+    norm: nn.BatchNorm2d | None
+    """What reads its output, and nothing else does."""
+    inputs: torch.Size
+    outputs: torch.Size
+    """Shapes of one image's maps (C, H, W)."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether one product with a matrix of all pixels beats a convolution: its call costs more than its sums."""
+        return self.inputs.numel() * self.outputs.numel() <= LARGEST_MATRIX
+
+
 @contextmanager
 def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
-    """Eval mode, no parameter gradients, batch norm folded into the convolutions before it, channels last.
-
-    Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch norms, for the
-    body's time; hooks and counters of the user's see every pass. Where the result on the probe is not the same up to
-    rounding, or the model is random, all this but eval mode is left out.
+    """Eval mode, no parameter gradients, and convolutions computed the fast way while the weights stand still.
 
     Args:
         model: images -> logits.
@@ -39,67 +56,94 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
         The logits of the model as it is, without gradients, to judge what was found.
     """
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    patched: list[nn.Module] = []
-    switch = _Switch()
-
-    def plain(x: Tensor) -> Tensor:
-        switch.on = False
-        try:
-            with torch.no_grad():
-                return model(x)
-        finally:
-            switch.on = True
-
     with evaluating(model):
         try:
             for parameter in required:
                 parameter.requires_grad_(False)
-            patched += _patch_if_the_same(model, probe.detach(), switch)
-            yield plain
+            with Folding(model, probe.detach()).applied() as switch:
+
+                def plain(x: Tensor) -> Tensor:
+                    switch.on = False
+                    try:
+                        with torch.no_grad():
+                            return model(x)
+                    finally:
+                        switch.on = True
+
+                yield plain
         finally:
-            _restore(patched)
             for parameter in required:
                 parameter.requires_grad_(True)
 
 
-def _patch_if_the_same(model: nn.Module, probe: Tensor, switch: _Switch) -> list[nn.Module]:
-    convolutions = [module for module in model.modules() if type(module) is nn.Conv2d and "forward" not in vars(module)]
-    if not convolutions:
-        return []
-    seen, pairs = _trace(model, probe)
-    # Channels last pays where there are channels to put last; grey images are 20% slower with it.
-    layouts = [torch.contiguous_format] if probe.shape[1] == 1 else [torch.channels_last, torch.contiguous_format]
-    for layout in layouts:
-        patched: list[nn.Module] = []
+class Folding:
+    """A way to compute a model in eval mode faster.
+
+    Batch norm goes into the convolution before it, channels last, and a convolution of few pixels becomes one product
+    with a matrix. Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch
+    norms, for as long as it is applied; hooks and counters of the user's see every pass. Where the result on the probe
+    is not the same up to rounding, or the model is random, it does nothing.
+
+    Args:
+        model: images -> logits, in eval mode.
+        probe: some natural images (B, C, H, W).
+    """
+
+    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+        self._calls: dict[nn.Conv2d, _Call | None] = {}
+        self._layout = torch.contiguous_format
+        convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m)]
+        if not convolutions:
+            return
+        seen, calls = _trace(model, probe)
+        # Channels last pays where there are channels to put last; grey images are 20% slower with it.
+        for layout in (
+            [torch.contiguous_format] if probe.shape[1] == 1 else [torch.channels_last, torch.contiguous_format]
+        ):
+            self._calls, self._layout = {c: calls.get(c) for c in convolutions}, layout
+            try:
+                with self.applied():
+                    if all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True)):
+                        return
+            except RuntimeError:
+                pass  # as a `view` of what lies in another layout than its author thought
+        self._calls = {}
+
+    @contextmanager
+    def applied(self, *, norms: bool = True) -> Generator[_Switch]:
+        """Compute the fast way, with the weights as they are now, for the body's time.
+
+        Without `norms` batch norms stay as they are, as they must in train mode.
+        """
+        switch, patched = _Switch(), list[nn.Module]()
         try:
-            for convolution in convolutions:
-                norm = pairs.get(convolution)
-                _fold(convolution, norm, layout, switch)
-                patched += [convolution] if norm is None else [convolution, norm]
-            same = all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True))
-        except RuntimeError:
-            same = False  # as a `view` of what lies in another layout than its author thought
-        except BaseException:
-            _restore(patched)
-            raise
-        if same:
-            return patched
-        _restore(patched)
-    return []
+            for convolution, call in self._calls.items():
+                call = call if norms or call is None else replace(call, norm=None)
+                convolution.forward = MethodType(_fast(convolution, call, self._layout, switch), convolution)
+                patched.append(convolution)
+                if call is not None and call.norm is not None:
+                    call.norm.forward = MethodType(_nothing_where(switch), call.norm)
+                    patched.append(call.norm)
+            yield switch
+        finally:
+            for module in patched:
+                del module.forward  # the instance's own; the class's is found again
 
 
-def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict[nn.Conv2d, nn.BatchNorm2d]]:
-    """One pass of the model as it is, and which batch norm reads which convolution's output."""
+def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict[nn.Conv2d, _Call]]:
+    """One pass of the model as it is, and how it calls those convolutions that it calls once."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    calls: dict[nn.Module, int] = {}
-    pairs: dict[nn.Conv2d, nn.BatchNorm2d] = {}
+    times: dict[nn.Module, int] = {}
+    readers: dict[nn.Conv2d, nn.BatchNorm2d] = {}
+    shapes: dict[nn.Conv2d, tuple[torch.Size, torch.Size]] = {}
 
     def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
+        times[module] = times.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             outputs[id(output)] = module, output  # kept alive, so that its id stays its own
+            shapes[module] = arguments[0].shape[1:], output.shape[1:]
         elif isinstance(module, nn.BatchNorm2d) and id(arguments[0]) in outputs:
-            pairs[outputs[id(arguments[0])][0]] = module
+            readers[outputs[id(arguments[0])][0]] = module
 
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     hooks = [module.register_forward_hook(note) for module in model.modules() if type(module) in kinds]
@@ -108,48 +152,61 @@ def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict
     finally:
         for hook in hooks:
             hook.remove()
-    once = {
-        convolution: norm
-        for convolution, norm in pairs.items()
-        if calls[convolution] == calls[norm] == 1 and norm.running_mean is not None and "forward" not in vars(norm)
-    }
-    return seen, once
+    calls: dict[nn.Conv2d, _Call] = {}
+    for convolution, (inputs, maps) in shapes.items():
+        if times[convolution] == 1:
+            norm = readers.get(convolution)
+            if norm is not None and (times[norm] > 1 or norm.running_mean is None or "forward" in vars(norm)):
+                norm = None
+            calls[convolution] = _Call(norm, inputs, maps)
+    return seen, calls
 
 
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, layout: torch.memory_format, switch: _Switch) -> None:
-    """Let the convolution compute with fixed weights, the norm's included, and the norm do nothing."""
+def _fast(
+    convolution: nn.Conv2d, call: _Call | None, layout: torch.memory_format, switch: _Switch
+) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution with fixed weights, the norm's included; as one matrix product where that is faster."""
     with torch.no_grad():
-        weight, bias = convolution.weight, convolution.bias
-        if norm is not None and norm.running_mean is not None and norm.running_var is not None:
-            # In float64, so that only one rounding is added.
-            folded, shift = fuse_conv_bn_weights(
-                weight.double(), None if bias is None else bias.double(), norm.running_mean.double(),
-                norm.running_var.double(), norm.eps, *_affine(norm),
-            )  # fmt: skip
-            weight, bias = folded.to(weight.dtype), shift.to(weight.dtype)
-        weight = weight.detach().contiguous(memory_format=layout)
-        bias = None if bias is None else bias.detach()
+        weight, bias = _folded(convolution, call.norm if call else None)
+        matrix, shift = None, None
+        if call is not None and call.is_small and weight.device.type == "cpu":
+            pixels = torch.eye(call.inputs.numel(), dtype=weight.dtype).reshape(-1, *call.inputs)
+            matrix = convolution._conv_forward(pixels, weight, None).flatten(1).T.contiguous()  # pyright: ignore[reportPrivateUsage]
+            shift = None if bias is None else bias.repeat_interleave(call.outputs[1] * call.outputs[2])
+        weight = weight.contiguous(memory_format=layout)
 
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not switch.on:
             return nn.Conv2d.forward(self, x)
+        if call is not None and matrix is not None and x.shape[1:] == call.inputs:
+            return F.linear(x.flatten(1), matrix, shift).unflatten(1, call.outputs)
         return self._conv_forward(x.contiguous(memory_format=layout), weight, bias)  # pyright: ignore[reportPrivateUsage]
 
+    return convolve
+
+
+def _nothing_where(switch: _Switch) -> Callable[[nn.BatchNorm2d, Tensor], Tensor]:
     def normalise(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return x if switch.on else nn.BatchNorm2d.forward(self, x)
 
-    convolution.forward = MethodType(convolve, convolution)
-    if norm is not None:
-        norm.forward = MethodType(normalise, norm)
+    return normalise
+
+
+def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution with the norm that follows it, detached."""
+    weight, bias = convolution.weight.detach(), None if convolution.bias is None else convolution.bias.detach()
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return weight, bias
+    # In float64, so that only one rounding is added.
+    folded, shift = fuse_conv_bn_weights(
+        weight.double(), None if bias is None else bias.double(), norm.running_mean.double(),
+        norm.running_var.double(), norm.eps, *_affine(norm),
+    )  # fmt: skip
+    return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     return (norm.weight.double(), norm.bias.double()) if norm.affine else (None, None)
-
-
-def _restore(patched: list[nn.Module]) -> None:
-    for module in patched:
-        del module.forward  # the instance's own; the class's is found again
 
 
 def answers(model: nn.Module, probe: Tensor) -> tuple[Tensor, Tensor]:

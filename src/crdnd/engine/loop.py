@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from crdnd.attacks import frozen
+from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
@@ -31,14 +31,12 @@ from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
 from crdnd.errors import Interrupted, RunError
-from crdnd.models import load_tensors, state
+from crdnd.models import evaluating, load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
 
-PROBE = 8
-"""Images on which the faster computation of a frozen teacher must agree with the plain one."""
 SECONDS_BETWEEN_SAVES = 10.0
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
 STEPS_BETWEEN_LOOKS = 50
@@ -93,6 +91,11 @@ class Trainer:
         self.objective.processes = SharedBatch(accelerator)
         self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.trained, settings.optimizer)
+        first = torch.arange(min(PROBE, len(self.train_data)), device=device)
+        self._probe = self.train_data.batch(first)[0]
+        # On the initial weights, so that a run that goes on computes as the one that began.
+        with evaluating(self.student):
+            folding = Folding(self.student, self._probe) if attack is not None else None
         self.step_function = Step(
             self.student,
             teachers[0].to(device) if teachers else None,
@@ -103,6 +106,7 @@ class Trainer:
             teachers[1].to(device) if len(teachers) > 1 else None,
             repair=settings.repair,
             igdm=settings.igdm,
+            folding=folding,
         )
         processes = accelerator.num_processes
         self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
@@ -127,10 +131,9 @@ class Trainer:
         """
         if not self.student.training:
             self.student.train()
-        probe, _ = self.train_data.batch(torch.arange(min(PROBE, len(self.train_data)), device=self.accelerator.device))
         with ExitStack() as stack:
             for teacher in self.teachers:
-                stack.enter_context(frozen(teacher, probe))
+                stack.enter_context(frozen(teacher, self._probe))
             request = stack.enter_context(stop_requests())
             self._resume()
             self._last_save = time.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from crdnd.attacks import pgd
+from crdnd.attacks import Folding, pgd
 from crdnd.errors import InputError
 from crdnd.losses import gradient_match, repaired
 from crdnd.models import evaluating
@@ -53,6 +53,7 @@ class Step:
         second_teacher: another frozen network, for methods that look at two.
         repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
         igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
+        folding: how the student is computed while it is attacked.
     """
 
     student: nn.Module
@@ -64,6 +65,7 @@ class Step:
     second_teacher: nn.Module | None = None
     repair: bool = False
     igdm: float | None = None
+    folding: Folding | None = None
     passes: Passes = field(default_factory=Passes)
 
     def __call__(
@@ -115,7 +117,11 @@ class Step:
         """x' (B, C, H, W), found with the student's batch norm in the attack's mode."""
         inner = INNER_LOSSES[attack.loss]
         x, y = batch.x, batch.y
-        with evaluating(self.student) if attack.mode == "eval" else nullcontext():
+        as_eval = attack.mode == "eval"
+        with (
+            evaluating(self.student) if as_eval else nullcontext(),
+            self.folding.applied(norms=as_eval) if self.folding is not None else nullcontext(),
+        ):
             with torch.no_grad():
                 at_x = batch.teachers | self._of_student("nat", x, inner.needs)
 

@@ -1,8 +1,9 @@
 """The validation metric: it chooses `best`, and never sees test data."""
 
+import torch
 from torch import nn
 
-from crdnd.attacks import TableAttack, adversarial, verdicts
+from crdnd.attacks import PROBE, TableAttack, adversarial, frozen, true_float32, verdicts
 from crdnd.counts import Count
 from crdnd.data import ImageData
 from crdnd.engine.history import Validation
@@ -24,17 +25,19 @@ def validate(model: nn.Module, data: ImageData, threat: ThreatModel, batch_size:
     Both take 10 steps of eps/4 from starts that are the same every time. The second attacks only what the first left
     standing, which changes no verdict.
     """
-    right = verdicts(model, data, batch_size=batch_size)
-    standing = right.nonzero()[:, 0]
-    for attack in ATTACKS:
-        holds = verdicts(
-            model,
-            data,
-            lambda x, y, ids, attack=attack: adversarial(model, attack, x, y, ids, threat, seed=0),
-            ids=standing,
-            batch_size=batch_size,
-        )
-        standing = standing[holds]
+    probe, _ = data.batch(torch.arange(min(PROBE, len(data)), device=data.x.device))
+    with true_float32(), frozen(model, probe):
+        right = verdicts(model, data, batch_size=batch_size)
+        standing = right.nonzero()[:, 0]
+        for attack in ATTACKS:
+            holds = verdicts(
+                model,
+                data,
+                lambda x, y, ids, attack=attack: adversarial(model, attack, x, y, ids, threat, seed=0),
+                ids=standing,
+                batch_size=batch_size,
+            )
+            standing = standing[holds]
     return Validation(
         clean=Count(correct=int(right.sum()), n=len(data)), robust=Count(correct=len(standing), n=len(data))
     )

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from crdnd.attacks import Classifier, Round, attack_stream, frozen, true_float32
+from crdnd.attacks import PROBE, Classifier, Round, attack_stream, frozen, true_float32
 from crdnd.data import ImageData
 from crdnd.errors import RunError
 from crdnd.evaluation._plan import Column
 from crdnd.evaluation._progress import Chunk, Progress
-
-PROBE = 8
-"""Images on which the faster computation must agree with the plain one."""
 
 FELL, STANDS, NOT_RUN = 0, 1, -1
 
