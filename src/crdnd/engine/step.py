@@ -35,7 +35,9 @@ class Step:
     threat: ThreatModel
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def __call__(self, x: Tensor, y: Tensor, stream: Stream, progress: float) -> tuple[LossTerms, Views]:
+    def __call__(
+        self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor | None = None
+    ) -> tuple[LossTerms, Views]:
         """The loss terms of a batch, ready for `backward`, and the views they came from.
 
         Args:
@@ -43,28 +45,39 @@ class Step:
             y: labels (B,).
             stream: draws for the attack's start.
             progress: how much of the run is done, in [0, 1).
+            target: soft labels (B, K) where the images are mixed; by default y.
         """
         needs = self.objective.needs
         views = self._look("t", "nat", x, needs | attack_needs(self.attack))
         if self.attack is not None:
-            x_adv = self._attacked(self.attack, x, y, views, stream)
+            x_adv = self._attacked(self.attack, x, y, target, views, stream)
             views |= self._look("t", "adv", x_adv, needs)
         views |= self._look("s", "nat", x, needs)
         if self.attack is not None:
             views |= self._look("s", "adv", x_adv, needs)  # pyright: ignore[reportPossiblyUnboundVariable]
-        v = Views(y, progress, views=views)
+        v = Views(y, progress, views=views, target=target)
         return self.objective(v), v
 
     def _attacked(
-        self, attack: TrainingAttack, x: Tensor, y: Tensor, teacher_views: dict[str, Tensor], stream: Stream
+        self,
+        attack: TrainingAttack,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None,
+        teacher_views: dict[str, Tensor],
+        stream: Stream,
     ) -> Tensor:
         """x' (B, C, H, W), found with the student's batch norm in the attack's mode."""
         inner = INNER_LOSSES[attack.loss]
         with evaluating(self.student) if attack.mode == "eval" else nullcontext():
             with torch.no_grad():
                 at_x = teacher_views | self._look("s", "nat", x, inner.needs)
+
+            def ascended(z: Tensor) -> Tensor:
+                return inner.loss(Views(y, views=at_x | self._look("s", "adv", z, inner.needs), target=target))
+
             return pgd(
-                lambda z: inner.loss(Views(y, views=at_x | self._look("s", "adv", z, inner.needs))),
+                ascended,
                 x,
                 self.threat,
                 steps=attack.steps,

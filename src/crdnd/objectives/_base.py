@@ -27,10 +27,15 @@ class Views:
         y: labels, int64 (B,).
         progress: how much of the run is done, in [0, 1); a paper's "from epoch 60 of 200" is progress >= 0.3.
         views: the tensors, by name.
+        target: what cross-entropy is taken with: soft labels (B, K) where an augmentation mixes images, with y their
+            dominant class; by default y.
     """
 
-    def __init__(self, y: Tensor, progress: float = 0.0, *, views: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, y: Tensor, progress: float = 0.0, *, views: Mapping[str, Tensor], target: Tensor | None = None
+    ) -> None:
         self.y = y
+        self.target = y if target is None else target
         self.progress = progress
         self._views = views
 

@@ -18,7 +18,7 @@ class InnerLoss:
 
 
 INNER_LOSSES: dict[str, InnerLoss] = {
-    "ce": InnerLoss(frozenset({"s_adv"}), lambda v: cross_entropy(v["s_adv"], v.y)),
+    "ce": InnerLoss(frozenset({"s_adv"}), lambda v: cross_entropy(v["s_adv"], v.target)),
     "margin": InnerLoss(frozenset({"s_adv"}), lambda v: margin(v["s_adv"], v.y)),
     "kl_teacher": InnerLoss(frozenset({"s_adv", "t_nat"}), lambda v: kl(v["t_nat"], v["s_adv"])),
     "trades": InnerLoss(frozenset({"s_adv", "s_nat"}), lambda v: kl(v["s_nat"], v["s_adv"])),

@@ -39,7 +39,7 @@ class ARD(Objective):
         """(1 - alpha) CE(S(x), y) and alpha tau^2 KL(T_tau(x) || S_tau(x'))."""
         alpha, tau = self.settings.alpha, self.settings.tau
         return LossTerms(
-            ce_nat=(1 - alpha) * cross_entropy(v["s_nat"], v.y),
+            ce_nat=(1 - alpha) * cross_entropy(v["s_nat"], v.target),
             kl_adv=alpha * tau**2 * kl(v["t_nat"], v["s_adv"], tau),
         )
 

@@ -21,7 +21,7 @@ class Natural(Objective):
 
     def terms(self, v: Views) -> LossTerms:
         """CE(S(x), y)."""
-        return LossTerms(ce_nat=cross_entropy(v["s_nat"], v.y))
+        return LossTerms(ce_nat=cross_entropy(v["s_nat"], v.target))
 
 
 METHOD = Natural

@@ -23,7 +23,7 @@ class PGDAT(Objective):
 
     def terms(self, v: Views) -> LossTerms:
         """CE(S(x'), y)."""
-        return LossTerms(ce_adv=cross_entropy(v["s_adv"], v.y))
+        return LossTerms(ce_adv=cross_entropy(v["s_adv"], v.target))
 
 
 METHOD = PGDAT

@@ -37,7 +37,7 @@ class TRADES(Objective):
     def terms(self, v: Views) -> LossTerms:
         """CE(S(x), y) and beta KL(S(x) || S(x'))."""
         return LossTerms(
-            ce_nat=cross_entropy(v["s_nat"], v.y),
+            ce_nat=cross_entropy(v["s_nat"], v.target),
             kl_adv=self.settings.beta * kl(v["s_nat"], v["s_adv"]),
         )
 
