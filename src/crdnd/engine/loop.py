@@ -147,12 +147,12 @@ class Trainer:
         # Every process takes its share of the batch; draws are keyed by sample, so they do not depend on the share.
         ids = ids[self.accelerator.process_index :: self.accelerator.num_processes]
         x, y = self.train_data.batch(ids)
-        x = augment(
-            x, self.settings.augmentation, Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
-        )
+        kind = self.settings.augmentation_at(epoch / self.settings.epochs)
+        draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
+        x, target = augment(x, y, self.objective.num_classes, kind, draws)
 
         terms, views = self.step_function(
-            x, y, Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids), progress
+            x, y, Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids), progress, target
         )
 
         for group in self.optimizer.param_groups:
