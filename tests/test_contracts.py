@@ -497,21 +497,24 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.weight.T
 
 
+@pytest.mark.parametrize("target", [None, 0.6 * torch.eye(CLASSES, dtype=torch.float64)[LABELS] + 0.4 / CLASSES])
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl_teacher", "trades"])
-def test_one_step_of_the_training_attack_goes_up_the_gradient_of_its_loss(loss):
+def test_one_step_of_the_training_attack_goes_up_the_gradient_of_its_loss(loss, target):
     student, teacher, x = Recorder(Linear(1)), Linear(2), images()
     attack = TrainingAttack(loss=loss, steps=1, step=0.5, start="gaussian")
-    Step(student, teacher, make("pgd_at"), attack, THREAT)(x, LABELS, Stream.of("test", ids=IDS), 0.0)
+    _, v = Step(student, teacher, make("pgd_at"), attack, THREAT)(x, LABELS, Stream.of("test", ids=IDS), 0.0, target)
+    assert v.y is LABELS
+    assert v.target is (LABELS if target is None else target)
     x_adv, start = student.inputs[-1], student.inputs[-2]
     assert 0 < (start - x).abs().max() < 0.006
     with torch.no_grad():
         weight = student.model.weight
         q = torch.softmax(start.flatten(1) @ weight.T, 1)
         one_hot = torch.eye(CLASSES, dtype=torch.float64)[LABELS]
-        # d/dz: of CE(z, y) q - onehot(y), of the margin onehot(rival) - onehot(y), of KL(p || softmax(z)) q - p.
+        # d/dz: of CE q - onehot(y) or q - the soft label, of the margin onehot(rival) - onehot(y), of KL(p || q) q - p.
         rival = (start.flatten(1) @ weight.T).masked_fill(one_hot.bool(), -torch.inf).argmax(1)
         slope = {
-            "ce": q - one_hot,
+            "ce": q - (one_hot if target is None else target),
             "margin": torch.eye(CLASSES, dtype=torch.float64)[rival] - one_hot,
             "kl_teacher": q - torch.softmax(teacher(x), 1),
             "trades": q - torch.softmax(student.model(x), 1),

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdnd.data import ImageData, as_data, augment, data_names, load_data, load_info, stratified
+from crdnd.data import ImageData, as_data, data_names, load_data, load_info, stratified
 from crdnd.errors import InputError
-from crdnd.random import Stream
 from support import BATCH, SHAPE, images
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -365,88 +364,3 @@ def test_a_map_style_data_set_whose_labels_are_no_integers_is_refused(label):
 
 def test_a_list_of_two_samples_is_a_data_set():
     assert len(as_data([(IMAGE, 0), (IMAGE, 1)])) == 2
-
-
-# --- augmentation -----------------------------------------------------------------------------------------------------
-
-
-def stream(count, seed=0):
-    return Stream.of("augment", seed, ids=torch.arange(count))
-
-
-def moved(image, down, right):
-    """The image moved by hand, pixel by pixel; zeros come in."""
-    channels, height, width = image.shape
-    result = torch.zeros_like(image)
-    for c in range(channels):
-        for r in range(height):
-            for q in range(width):
-                if 0 <= r - down < height and 0 <= q - right < width:
-                    result[c, r, q] = image[c, r - down, q - right]
-    return result
-
-
-MARKED = (torch.arange(1, 25, dtype=torch.float64) / 24).reshape(2, 3, 4)  # every pixel has its own value, none is 0
-
-
-def test_no_augmentation_is_the_identity():
-    x = images()
-    assert augment(x, "none", stream(BATCH)) is x
-
-
-def test_a_shift_moves_the_whole_image_by_up_to_one_pixel_each_way():
-    count = 900
-    x = MARKED.expand(count, 2, 3, 4)
-    shifted = augment(x, "shift", stream(count))
-    assert shifted.shape == x.shape
-    assert shifted.dtype == x.dtype
-    found = torch.zeros(3, 3)
-    for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
-            found[down + 1, right + 1] = (shifted == moved(MARKED, down, right)).all(dim=(1, 2, 3)).sum()
-    assert found.sum() == count, "every image is one of the nine, zeros where nothing comes in"
-    # Each of the nine has probability 1/9.
-    assert (found - 100).abs().max() < 4 * math.sqrt(count * 8 / 81)
-
-
-def test_crop_flip_moves_by_up_to_four_pixels_and_mirrors_every_other_image():
-    count = 1620
-    image = 0.1 + 0.9 * images(1, (3, 5, 11))[0]
-    x = image.expand(count, 3, 5, 11)
-    changed = augment(x, "crop_flip", stream(count))
-    assert changed.shape == x.shape
-    found = torch.zeros(2, 9, 9)
-    for down in range(-4, 5):
-        for right in range(-4, 5):
-            straight = moved(image, down, right)
-            for mirror, candidate in enumerate((straight, straight.flip(2))):
-                found[mirror, down + 4, right + 4] = (changed == candidate).all(dim=(1, 2, 3)).sum()
-    assert found.sum() == count
-    assert abs(found[0].sum() - count / 2) < 4 * math.sqrt(count / 4)
-    for axis in (1, 2):  # whether an image is mirrored has nothing to do with where it moves: 18 cells of 1/18 each
-        assert (found.sum(axis) - count / 18).abs().max() < 4 * math.sqrt(count * 17 / 18**2)
-    # Rows and columns of the 81 offsets: 9 cells of probability 1/9 each.
-    for marginal in (found.sum((0, 2)), found.sum((0, 1))):
-        assert (marginal - count / 9).abs().max() < 4 * math.sqrt(count * 8 / 81)
-    assert (found.sum(0) > 0).sum() > 75, "nearly all offsets occur, so that both directions are drawn on their own"
-
-
-@pytest.mark.parametrize("kind", ["shift", "crop_flip"])
-def test_an_image_is_augmented_the_same_in_any_batch_and_any_order(kind):
-    x = images(13)
-    before, state = x.clone(), torch.get_rng_state()
-    ids = torch.arange(100, 113)
-    whole = augment(x, kind, Stream.of("augment", 0, ids=ids))
-    assert torch.equal(x, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    parts = [augment(x[s], kind, Stream.of("augment", 0, ids=ids[s])) for s in (slice(0, 2), slice(2, 13))]
-    assert torch.equal(torch.cat(parts), whole)
-    order = torch.arange(12, -1, -1)
-    assert torch.equal(augment(x[order], kind, Stream.of("augment", 0, ids=ids[order])), whole[order])
-    assert not torch.equal(augment(x, kind, Stream.of("augment", 1, ids=ids)), whole), "another epoch, another draw"
-
-
-@pytest.mark.parametrize("kind", ["none", "shift", "crop_flip"])
-def test_augmented_pixels_stay_in_the_box(kind):
-    changed = augment(images(13), kind, stream(13))
-    assert ((changed >= 0) & (changed <= 1)).all()

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from crdnd.losses import cross_entropy, dlr, dlr_targeted, kl, margin
 from support import BATCH, CLASSES, generator
 
 LABELS, TARGETS = torch.tensor([0, 1, 4, 2, 3, 0]), torch.tensor([3, 0, 2, 4, 1, 1])
+SOFT = 0.7 * F.one_hot(LABELS, CLASSES).double() + 0.3 * F.one_hot(TARGETS, CLASSES).double()
 
 
 def logits(seed, scale=3.0, batch=BATCH, classes=CLASSES):
@@ -60,6 +62,25 @@ def test_cross_entropy_of_known_logits():
     z = torch.tensor([1.0, 2.0, 5.0]).log().expand(4, 3)
     expected = torch.tensor([math.log(8), math.log(4), math.log(8 / 5), math.log(4)])
     torch.testing.assert_close(cross_entropy(z, torch.tensor([0, 1, 2, 1])), expected)
+
+
+def test_cross_entropy_with_soft_labels_of_known_logits():
+    # softmax(log 1, log 2, log 5) = (1/8, 2/8, 5/8)
+    z = torch.tensor([1.0, 2.0, 5.0]).log().expand(4, 3)
+    soft = torch.tensor([[0.5, 0.0, 0.5], [0.75, 0.25, 0.0], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]])
+    one, two, five = math.log(8), math.log(4), math.log(8 / 5)
+    expected = [(one + five) / 2, 0.75 * one + 0.25 * two, five, 0.2 * one + 0.3 * two + 0.5 * five]
+    torch.testing.assert_close(cross_entropy(z, soft), torch.tensor(expected))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.5, 1))
+def test_cross_entropy_with_a_mixed_label_is_the_mixture_of_both(seed, share):
+    z = logits(seed)
+    own, other = (F.one_hot(y, CLASSES).double() for y in (LABELS, TARGETS))
+    expected = share * cross_entropy(z, LABELS) + (1 - share) * cross_entropy(z, TARGETS)
+    torch.testing.assert_close(cross_entropy(z, share * own + (1 - share) * other), expected)
+    torch.testing.assert_close(cross_entropy(z, own), cross_entropy(z, LABELS))
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
@@ -151,6 +172,7 @@ def test_the_difference_of_logits_ratio_is_positive_where_the_margin_is(seed, cl
 def test_gradients_agree_with_finite_differences():
     target, student = logits(1).requires_grad_(True), logits(2).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda z: cross_entropy(z, LABELS), student)
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, SOFT), student)
     assert torch.autograd.gradcheck(lambda z: margin(z, LABELS), student)
     assert torch.autograd.gradcheck(lambda z: dlr(z, LABELS), student)
     assert torch.autograd.gradcheck(lambda z: dlr_targeted(z, LABELS, TARGETS), student)
@@ -160,6 +182,7 @@ def test_gradients_agree_with_finite_differences():
 
 LOSSES = {
     "cross_entropy": lambda z: cross_entropy(z, LABELS),
+    "cross_entropy with soft labels": lambda z: cross_entropy(z, SOFT.to(z.dtype)),
     "margin": lambda z: margin(z, LABELS),
     "dlr": lambda z: dlr(z, LABELS),
     "dlr_targeted": lambda z: dlr_targeted(z, LABELS, TARGETS),
@@ -184,7 +207,7 @@ def test_losses_and_gradients_are_finite_at_extreme_and_at_equal_logits(name, dt
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr", "dlr_targeted"])
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy with soft labels", "margin", "dlr", "dlr_targeted"])
 def test_a_loss_is_one_value_for_each_sample_alone(name):
     z = logits(7)
     whole = LOSSES[name](z)

@@ -72,6 +72,30 @@ def test_a_view_that_was_not_asked_for_is_an_error_that_says_what_to_do():
         v["t_adv"]
 
 
+def test_the_target_is_the_label_unless_the_images_are_mixed():
+    y, soft = torch.tensor([0, 1]), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.6, 0.4]])
+    assert Views(y, views={}).target is y
+    mixed = Views(y, views={}, target=soft)
+    assert mixed.target is soft
+    assert mixed.y is y
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "term", "weight"),
+    [("natural", {}, "ce_nat", 1), ("pgd_at", {}, "ce_adv", 1), ("trades", {}, "ce_nat", 1),
+     ("ard", {"alpha": 0.25}, "ce_nat", 0.75)],
+)  # fmt: skip
+def test_cross_entropy_is_taken_with_the_soft_labels_of_mixed_images(name, settings, term, weight):
+    objective = make(name, CLASSES, **settings)
+    v = random_views(objective.needs)
+    soft = 0.6 * F.one_hot(v.y, CLASSES).double() + 0.4 * F.one_hot(v.y.roll(1), CLASSES).double()
+    mixed = Views(v.y, views=v._views, target=soft)
+    logits = v["s_adv" if term == "ce_adv" else "s_nat"]
+    torch.testing.assert_close(objective(mixed).terms[term], -weight * (soft * logits.log_softmax(1)).sum(1))
+    inner = INNER_LOSSES["ce"].loss(Views(v.y, views={"s_adv": logits}, target=soft))
+    torch.testing.assert_close(weight * inner, objective(mixed).terms[term])
+
+
 def test_the_plain_objective_leaves_the_terms_to_its_methods():
     with pytest.raises(NotImplementedError):
         Objective(3)(Views(torch.tensor([0, 1]), views={}))

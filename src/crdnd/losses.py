@@ -11,9 +11,14 @@ from torch import Tensor
 _TINY = 1e-12
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)_y. (B, K), (B,) -> (B,)."""
-    return F.cross_entropy(logits, y, reduction="none")
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log softmax(logits)_y, or -sum_k p_k log softmax(logits)_k where the target is soft. -> (B,).
+
+    Args:
+        logits: (B, K).
+        target: labels y, int64 (B,), or soft labels p (B, K), in the type of the logits.
+    """
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -165,14 +165,14 @@ class Trainer:
         # Every process takes its share of the batch; draws are keyed by sample, so they do not depend on the share.
         ids = ids[self.accelerator.process_index :: self.accelerator.num_processes]
         x, y = self.train_data.batch(ids)
-        x = augment(
-            x, self.settings.augmentation, Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
-        )
+        kind = self.settings.augmentation_at(epoch / self.settings.epochs)
+        draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
+        x, target = augment(x, y, self.objective.num_classes, kind, draws)
 
         passes = self.step_function.passes
         passes.student = passes.teacher = 0
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
-        batch = self.step_function.prepare(x, y, stream, progress)
+        batch = self.step_function.prepare(x, y, stream, progress, target)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,12 +1,14 @@
 """Settings of a training run. Two runs with the same settings on the same machine end in the same weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from itertools import pairwise
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from crdnd.config import Frozen
+from crdnd.config import Frozen, build
 from crdnd.data import Augmentation
+from crdnd.errors import did_you_mean
 from crdnd.objectives import AttackLoss
 from crdnd.threat import ThreatModel
 
@@ -48,6 +50,23 @@ class ScheduleSettings(Frozen):
     )
     factor: float = Field(default=0.1, gt=0, lt=1, description="step: what it is multiplied by at each drop.")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="Part of the run over which it rises from 0.")
+
+
+def _known_augmentation(value: Any) -> Any:
+    if value not in get_args(Augmentation):
+        raise ValueError(f"unknown augmentation {value!r}{did_you_mean(str(value), get_args(Augmentation))}")
+    return value
+
+
+class AugmentationPhase(Frozen):
+    """An augmentation for a part of the run."""
+
+    name: Augmentation
+    until: float | None = Field(
+        default=None, gt=0, lt=1, description="Where the phase ends, as a fraction of the run; the last ends with it."
+    )
+
+    _name_is_known = field_validator("name", mode="before")(_known_augmentation)
 
 
 class Seeds(Frozen):
@@ -111,7 +130,12 @@ class TrainSettings(Frozen):
     repair: bool = Field(
         default=False, description="Swap a wrong teacher's largest logit and that of the label, on x and on x'."
     )
-    augmentation: Augmentation = "none"
+    augmentation: Augmentation | tuple[AugmentationPhase, ...] = Field(
+        default="none",
+        description="What is done to the images: none, shift (digits), crop_flip, cropshift, random_erasing, "
+        "idbh_weak, mixup or cutmix (see `crdnd.data.augment`); or phases, such as "
+        "[{name: cropshift, until: 0.5}, {name: idbh_weak}]. An epoch has the phase in which it begins.",
+    )
     validate_every: int = Field(
         default=1, ge=1, description="Epochs between validations; the last epoch always has one."
     )
@@ -139,6 +163,32 @@ class TrainSettings(Frozen):
         if self.ema is not None and self.swa is not None:
             raise ValueError("ema and swa are two ways to average the weights; choose one.")
         return self
+
+    def augmentation_at(self, progress: float) -> Augmentation:
+        """The augmentation of an epoch that begins when this much of the run is done, in [0, 1)."""
+        if isinstance(self.augmentation, str):
+            return self.augmentation
+        return next(phase.name for phase in self.augmentation if phase.until is None or progress < phase.until)
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _name_or_phases(cls, value: Any) -> Any:
+        """Checked here and not by the union, whose errors would speak of both of its sides."""
+        if isinstance(value, str):
+            return _known_augmentation(value)
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"write a name, or phases as [{{name: cropshift, until: 0.5}}, ...], got {value!r}.")
+        found = cast("list[Any] | tuple[Any, ...]", value)
+        phases = [build(AugmentationPhase, phase, f"phase {number}") for number, phase in enumerate(found, 1)]
+        for number, phase in enumerate(phases, 1):
+            if (phase.until is None) != (number == len(phases)):
+                fix = "needs an until" if phase.until is None else "is the last and takes no until"
+                raise ValueError(f"phase {number} ({phase.name}) {fix}.")
+        ends = [phase.until for phase in phases if phase.until is not None]
+        for before, after in pairwise(ends):
+            if after <= before:
+                raise ValueError(f"until must rise from phase to phase, got {after:g} after {before:g}.")
+        return tuple(phases)
 
     @field_validator("select_on", mode="before")
     @classmethod
