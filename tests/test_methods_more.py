@@ -81,6 +81,26 @@ def in_two_processes(objective, v, what):
     return found
 
 
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    [
+        ("mart", ("ce", "gaussian", "eval")),
+        ("adaad", ("adaad", "gaussian", "eval")),
+        ("adaiad", ("adaad", "gaussian", "eval")),
+        ("saad", ("linear_teacher", "gaussian", "eval")),
+    ],
+)
+def test_a_method_trains_against_the_attack_of_its_paper(name, attack):
+    found = load_objective(name).attack
+    assert (found.loss, found.start, found.mode) == attack
+    assert (found.steps, found.step) == (10, 0.25)
+
+
+@pytest.mark.parametrize("name", ["kd", "crd"])
+def test_a_method_of_natural_images_has_no_attack(name):
+    assert load_objective(name).attack is None
+
+
 # --- MART -------------------------------------------------------------------------------------------------------------
 
 # Probabilities (1/2, 1/4, 1/4) and (1/8, 6/8, 1/8).
@@ -419,6 +439,28 @@ def test_crds_banks_move_halfway_to_what_was_seen_and_keep_their_length():
     assert teacher[6] == pytest.approx([corner, -corner])
     for row in (0, 1, 3, 4, 5):
         assert student[row] == teacher[row] == [1.0, 0.0]
+    slow = plain_crd(momentum=0.75)
+    slow.student.bank.copy_(torch.tensor([1.0, 0.0]).expand(7, 2))
+    slow.observe(crd_views([[0.0, 5.0], [3.0, 4.0]], [[0.0, -2.0], [1.0, 0.0]], [6, 2]))
+    assert slow.student.bank[6].tolist() == pytest.approx([3 / math.sqrt(10), 1 / math.sqrt(10)])
+
+
+def test_crds_z_is_a_constant_in_the_first_batch_too():
+    objective, v = make("crd", CLASSES, negatives=20), random_crd_views()
+    first = torch.autograd.grad(objective(v).total, v["s_nat_features"])[0]
+    kept = copy.deepcopy(objective)
+    kept.observe(v)
+    for side in ("student", "teacher"):  # only Z moves
+        getattr(kept, side).bank.copy_(getattr(objective, side).bank)
+    again = torch.autograd.grad(kept(v).total, v["s_nat_features"])[0]
+    torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-7)
+
+
+def test_crd_compares_with_mixed_labels():
+    v = random_crd_views()
+    blended, target = mixed(v)
+    found = make("crd", CLASSES)(blended).terms["ce_nat"]
+    torch.testing.assert_close(found, -(target * F.log_softmax(v["s_nat"], 1)).sum(1))
 
 
 def test_crd_looks_and_does_not_touch_before_the_update():
