@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from crdnd.attacks import Attack, Classifier, Sequence, load_attack
-from crdnd.objectives import Views
+from crdnd.objectives import Sizes, Views
 
 # No two of these are equal, so that an index or a mean over the wrong dimension cannot pass by luck.
 BATCH, SHAPE, CLASSES, FEATURES = 6, (3, 4, 7), 5, 11
+SIZES = Sizes(student_features=FEATURES, teacher_features=FEATURES, samples=301)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -167,7 +167,8 @@ def test_a_list_is_a_table_for_people(kind, crdnd):
 def test_the_list_of_objectives_tells_which_need_a_teacher(crdnd):
     entries = json.loads(crdnd("list", "objectives", "--json").out)["objectives"]
     assert {entry["name"]: entry["needs_teacher"] for entry in entries} == {
-        "natural": False, "pgd_at": False, "trades": False, "ard": True, "iad": True, "rslad": True, "crdnd": True,
+        "natural": False, "pgd_at": False, "trades": False, "mart": False, "kd": True, "ard": True, "iad": True,
+        "rslad": True, "adaad": True, "adaiad": True, "saad": True, "crd": True, "crdnd": True,
     }  # fmt: skip
 
 

@@ -15,12 +15,11 @@ weight 1. In both S(x) is not detached, and the KL is a mean over the batch of a
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from crdnd.losses import kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
+from crdnd.objectives._trust import trust
 
 
 class Settings(ObjectiveSettings):
@@ -42,18 +41,12 @@ class IAD(Objective):
 
     def terms(self, v: Views) -> LossTerms:
         """The teacher's term and the student's own."""
-        trust = self.trust(v)
-        weight = trust if self.settings.form == "paper" else 1.0
+        trusted = trust(v, self.settings.beta, self.settings.warmup)
+        weight = trusted if self.settings.form == "paper" else 1.0
         return LossTerms(
             kl_teacher=weight * kl(v["t_nat"], v["s_adv"]),
-            kl_self=(1 - trust) * kl(v["s_nat"], v["s_adv"]),
+            kl_self=(1 - trusted) * kl(v["s_nat"], v["s_adv"]),
         )
-
-    def trust(self, v: Views) -> Tensor:
-        """T_y(x')^beta for each sample, 1 during the warm-up; (B,)."""
-        true_class = F.softmax(v["t_adv"], dim=1).gather(1, v.y[:, None])[:, 0]
-        beta = self.settings.beta if v.progress >= self.settings.warmup else 0.0
-        return true_class**beta
 
 
 METHOD = IAD
