@@ -10,8 +10,8 @@ from crdnd.attacks import Attack, Classifier, Sequence, load_attack
 from crdnd.objectives import Sizes, Views
 
 # No two of these are equal, so that an index or a mean over the wrong dimension cannot pass by luck.
-BATCH, SHAPE, CLASSES, FEATURES = 6, (3, 4, 7), 5, 11
-SIZES = Sizes(student_features=FEATURES, teacher_features=FEATURES, samples=301)
+BATCH, SHAPE, CLASSES, FEATURES, TEACHER_FEATURES = 6, (3, 4, 7), 5, 11, 13
+SIZES = Sizes(student_features=FEATURES, teacher_features=TEACHER_FEATURES, samples=400)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,10 +68,17 @@ class RankOneVictim(nn.Module):
 class TinyNet(nn.Module):
     """A convolution, tanh, a mean over places and a linear layer: smooth, curved, without batch norm."""
 
-    def __init__(self, classes: int = CLASSES, channels: int = SHAPE[0], seed: int = 0, dtype=torch.float64) -> None:
+    def __init__(
+        self,
+        classes: int = CLASSES,
+        channels: int = SHAPE[0],
+        seed: int = 0,
+        dtype=torch.float64,
+        features: int = FEATURES,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, FEATURES, 3, padding=1, dtype=dtype)
-        self.classifier = nn.Linear(FEATURES, classes, dtype=dtype)
+        self.conv = nn.Conv2d(channels, features, 3, padding=1, dtype=dtype)
+        self.classifier = nn.Linear(features, classes, dtype=dtype)
         draws = generator(seed)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -121,7 +128,8 @@ def random_views(
     draws = generator(seed)
     views: dict[str, Tensor] = {}
     for name in sorted(needs):
-        width = FEATURES if name.endswith("_features") else classes
+        features = FEATURES if name.startswith("s_") else TEACHER_FEATURES
+        width = features if name.endswith("_features") else classes
         view = scale * torch.randn(batch, width, generator=draws, dtype=dtype)
         views[name] = view.requires_grad_(name.startswith("s_"))
     y = torch.randint(0, classes, (batch,), generator=draws)

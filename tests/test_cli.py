@@ -169,6 +169,7 @@ def test_the_list_of_objectives_tells_which_need_a_teacher(crdnd):
     assert {entry["name"]: entry["needs_teacher"] for entry in entries} == {
         "natural": False, "pgd_at": False, "trades": False, "mart": False, "kd": True, "ard": True, "iad": True,
         "rslad": True, "adaad": True, "adaiad": True, "saad": True, "crd": True, "crdnd": True,
+        "akd": True, "iad2": True, "mtard": True,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from crdnd.objectives.crd import other_samples
 from crdnd.objectives.mart import against_rival
 from crdnd.objectives.saad import entropy
 from crdnd.random import Stream
-from support import BATCH, CLASSES, FEATURES, SIZES, random_views
+from support import BATCH, CLASSES, FEATURES, SIZES, TEACHER_FEATURES, random_views
 from test_objectives import (
     BIASED,
     FAIR,
@@ -550,11 +550,11 @@ def test_crd_begins_the_same_everywhere_and_leaves_the_global_random_state_alone
     one, other = make("crd", CLASSES), make("crd", CLASSES)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
-    for side in (one.student, one.teacher):
+    for side, features in ((one.student, FEATURES), (one.teacher, TEACHER_FEATURES)):
         assert side.bank.shape == (SIZES.samples, 128)
         torch.testing.assert_close(side.bank.norm(dim=1), torch.ones(SIZES.samples))
-        assert side.head.shape == (128, FEATURES + 1)
-        assert 0.9 < side.head.abs().max() * math.sqrt(FEATURES) <= 1
+        assert side.head.shape == (128, features + 1)
+        assert 0.9 < side.head.abs().max() * math.sqrt(features) <= 1
     assert not torch.equal(one.student.head, one.teacher.head)
     assert (one.student.bank * one.teacher.bank).sum(1).abs().max() < 0.5
 

@@ -126,7 +126,9 @@ class CRDND(Objective):
         chosen = self.settings
         if chosen.acm == "off":
             return None
-        counts = self.counts if chosen.accuracy == "running" else self.previous
+        counts = self.previous
+        if chosen.accuracy == "running":  # each process has counted its own share of the epoch so far
+            counts = self.processes.gather(self.counts[None]).sum(dim=0)
         seen, right = counts[0 if kind == "nat" else 1]
         if chosen.acm == "global":
             seen, right = seen.sum().expand_as(seen), right.sum().expand_as(right)

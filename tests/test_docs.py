@@ -1,0 +1,42 @@
+"""The pages that are written from the source."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from crdnd.objectives import ObjectiveSettings, load_objective, objective_names
+
+DOCS = Path(__file__).parent.parent / "docs"
+GENERATOR = runpy.run_path(str(DOCS / "methods.py"))
+
+
+def test_the_pages_of_the_methods_are_those_of_their_files():
+    committed = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "methods").glob("*")}
+    written = GENERATOR["pages"]()
+    stale = sorted(name for name in written.keys() | committed.keys() if written.get(name) != committed.get(name))
+    assert not stale, f"run `python docs/methods.py` to write these pages of docs/methods/ again: {', '.join(stale)}"
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_a_page_says_all_there_is_to_set(name):
+    method, pages = load_objective(name), GENERATOR["pages"]()
+    for key in method.settings_class.model_fields:
+        assert f"\n| `{key}` | `" in pages[f"{name}.md"]
+    assert f"[`{name}`]({name}.md)" in pages["README.md"]
+    assert method.paper in pages["README.md"]
+
+
+def test_a_page_shows_values_as_a_recipe_writes_them_and_escapes_bars():
+    class Settings(ObjectiveSettings):
+        drops: tuple[float, ...] = Field(default=(215 / 300, 0.95), description="KL(T || S).")
+        centre: bool = Field(default=False, description="Whether.")
+
+    class Method(load_objective("rslad")):
+        settings_class = Settings
+
+    assert GENERATOR["settings"](Method).splitlines()[2:4] == [
+        r"| `drops` | `[0.7167, 0.95]` | KL(T \|\| S). |",
+        "| `centre` | `false` | Whether. |",
+    ]
