@@ -366,7 +366,14 @@ def test_equalised_pixels_are_the_share_that_is_darker():
     x = torch.tensor([0.5, 0.1, 0.1, 0.7, 0.5, 0.2, 0.9, 0.9], dtype=torch.float64).reshape(1, 1, 2, 4)
     expected = torch.tensor([3, 0, 0, 5, 3, 2, 6, 6], dtype=torch.float64).reshape(1, 1, 2, 4) / 6
     torch.testing.assert_close(_augment._equalised(x), expected)
-    assert torch.equal(_augment._equalised(torch.full((2, 1, 3, 4), 0.4)), torch.full((2, 1, 3, 4), 0.4))
+
+
+@pytest.mark.parametrize("change", [_augment._stretched, _augment._equalised])
+def test_a_channel_without_contrast_is_neither_stretched_nor_equalised(change):
+    x = images(5, (3, 4, 7))
+    x[:, 1] = 0.4
+    assert (change(x)[:, 1] == 0.4).all()
+    assert (change(x)[:, 0].amax((1, 2)) == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 9), COLOUR])
