@@ -14,7 +14,7 @@ from crdnd.objectives.crd import other_samples
 from crdnd.objectives.mart import against_rival
 from crdnd.objectives.saad import entropy
 from crdnd.random import Stream
-from support import BATCH, CLASSES, FEATURES, SIZES, random_views
+from support import BATCH, CLASSES, FEATURES, random_views
 from test_objectives import (
     BIASED,
     FAIR,
@@ -30,6 +30,8 @@ from test_objectives import (
     tempered,
     values,
 )
+
+SIZES = Sizes(student_features=FEATURES, teacher_features=FEATURES, samples=301)
 
 
 def make(name, classes=2, sizes=SIZES, **settings):
