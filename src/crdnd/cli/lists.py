@@ -50,13 +50,13 @@ def _shown(value: Any) -> str:
 
 
 def _objectives() -> list[dict[str, Any]]:
-    from crdnd.objectives import load_objective, needs_teacher, objective_names
+    from crdnd.objectives import load_objective, needs_second_teacher, needs_teacher, objective_names
 
     methods = {name: load_objective(name) for name in objective_names()}
     return [
         {
             "name": name,
-            "needs_teacher": needs_teacher(method, method.attack),
+            "teachers": needs_teacher(method, method.attack) + needs_second_teacher(method),
             "paper": method.paper,
         }
         for name, method in methods.items()
