@@ -136,7 +136,7 @@ def test_the_package_runs_as_a_module(tmp_path):
 # Lists and doctor
 
 LISTS: dict[str, tuple[set[str], Callable[[], list[str]]]] = {
-    "objectives": ({"name", "needs_teacher", "paper"}, objective_names),
+    "objectives": ({"name", "teachers", "paper"}, objective_names),
     "attacks": ({"name", "what", "paper"}, attack_names),
     "presets": ({"name", "what", "attacks"}, lambda: list(PRESETS)),
     "models": ({"name", "what", "settings"}, model_names),
