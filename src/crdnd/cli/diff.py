@@ -1,4 +1,4 @@
-"""`crdnd compare`."""
+"""`crdnd diff`."""
 
 import dataclasses
 from pathlib import Path
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 FileArgument = Annotated[Path, typer.Argument(help="What `crdnd evaluate --out` wrote.")]
 
 
-def compare_command(first: FileArgument, second: FileArgument, json: JsonOption = False) -> None:
+def diff_command(first: FileArgument, second: FileArgument, json: JsonOption = False) -> None:
     """Compare two models on the same samples: differences of accuracy with paired 95% intervals.
 
     Both must have been evaluated under the same protocol.
 
     Examples:
 
-        crdnd compare ard.json rslad.json
+        crdnd diff ard.json rslad.json
     """
     from rich import box
     from rich.console import Console
