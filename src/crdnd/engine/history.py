@@ -21,4 +21,7 @@ class Epoch(Frozen):
     """The weighted terms that add up to `loss`."""
     learning_rate: float
     seconds: float
+    student_passes: float = 0
+    """Evaluations of the student per training image: forward calls divided by steps."""
+    teacher_passes: float = 0
     validation: Validation | None = None
