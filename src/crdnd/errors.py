@@ -12,7 +12,7 @@ class RunError(RuntimeError):
     """The run or the machine failed (a loss that is NaN, a full disk); nothing saved before is lost. Exit 1."""
 
 
-class DivergedError(RunError):
+class DivergenceError(RunError):
     """The loss or the weights are not finite any more; the same run would end so again."""
 
 

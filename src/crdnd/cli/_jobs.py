@@ -35,12 +35,14 @@ class Job:
         work: a function at module level, called in another process with a reporter of (steps done, steps in all).
         arguments: what else it is called with; picklable.
         after: jobs that must be done first.
+        after_end: jobs that must have ended first, done or failed.
     """
 
     name: str
     work: Callable[..., None]
     arguments: tuple[object, ...]
     after: tuple[str, ...] = ()
+    after_end: tuple[str, ...] = ()
 
 
 @dataclass
@@ -83,7 +85,9 @@ def run_jobs(
         context.set_forkserver_preload(["crdnd.recipe", "crdnd.evaluation"])
     with stop_requests() as request, _stopped_at_the_end(running):
         while waiting or running:
-            for job in [job for job in waiting if done.issuperset(job.after)][: processes - len(running)]:
+            left = {job.name for job in waiting} | {entry.job.name for entry in running}
+            ready = [job for job in waiting if done.issuperset(job.after) and left.isdisjoint(job.after_end)]
+            for job in ready[: processes - len(running)]:
                 waiting.remove(job)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, sender, threads), name=job.name)

@@ -27,7 +27,7 @@ from crdnd.engine.settings import OptimizerSettings, TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Step
 from crdnd.engine.validate import validate
-from crdnd.errors import DivergedError, Interrupted
+from crdnd.errors import DivergenceError, Interrupted
 from crdnd.models import load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
 from crdnd.random import Stream, permutation
@@ -112,7 +112,7 @@ class Trainer:
 
         Raises:
             Interrupted: a signal asked to stop; the state was saved.
-            DivergedError: the loss is not finite any more; the last good checkpoint is kept.
+            DivergenceError: the loss is not finite any more; the last good checkpoint is kept.
             RunError: the machine failed; the last good checkpoint is kept.
         """
         if not self.student.training:
@@ -195,7 +195,7 @@ class Trainer:
 
     def _refuse_nan(self) -> None:
         if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
-            raise DivergedError(
+            raise DivergenceError(
                 f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
                 f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
                 "or set clip_grad_norm, and start over with --fresh."
@@ -274,7 +274,7 @@ class Trainer:
     def _save(self) -> None:
         self._refuse_nan()
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
-            raise DivergedError(
+            raise DivergenceError(
                 f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
                 "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )
