@@ -83,6 +83,10 @@ OPTIONS = {
         "--recipe", "--set", "--weights", "--data", "--n", "--preset", "--attacks", "--engine", "--surrogate", "--eps",
         "--norm", "--eps-sweep", "--per-class", "--batch-size", "--seed", "--save-adv", "--out", "--work", "--json",
     },
+    "compare": {
+        "--recipe", "--set", "--objectives", "--student", "--teacher", "--seeds", "--data", "--eps", "--norm",
+        "--epochs", "--preset", "--baseline", "--out", "--jobs", "--fresh", "--json",
+    },
     "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--fresh", "--json"},
     "list": {"--json"},
