@@ -249,6 +249,16 @@ def fails(report, message: str) -> None:
     raise RunError(message)
 
 
+def fails_later(report, path: Path) -> None:
+    time.sleep(0.5)
+    path.write_text("late")
+    raise RunError("it broke")
+
+
+def copies(report, source: Path, target: Path) -> None:
+    target.write_text(source.read_text())
+
+
 def writes(report, path: Path) -> None:
     path.write_text("done")
 
@@ -270,6 +280,16 @@ def test_a_failed_job_takes_those_that_need_it_along_and_no_others(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     with pytest.raises(RunError, match=r"^first: it broke$"):
         run_jobs(jobs, processes=1, threads=1, on_step=lambda *_: None, on_done=done.append)
+
+
+def test_a_job_waits_for_the_end_of_one_that_fails(tmp_path):
+    late, copy = tmp_path / "late", tmp_path / "copy"
+    jobs = [Job("copy", copies, (late, copy), (), ("late",)), Job("late", fails_later, (late,))]
+    failed: dict[str, str] = {}
+    run_jobs(
+        jobs, processes=2, threads=1, on_step=lambda *_: None, on_done=lambda _: None, on_failed=failed.__setitem__
+    )
+    assert (failed, copy.read_text()) == ({"late": "it broke"}, "late")
 
 
 # The command
