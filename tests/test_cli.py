@@ -83,7 +83,11 @@ OPTIONS = {
         "--recipe", "--set", "--weights", "--data", "--n", "--preset", "--attacks", "--engine", "--surrogate", "--eps",
         "--norm", "--eps-sweep", "--per-class", "--batch-size", "--seed", "--save-adv", "--out", "--work", "--json",
     },
-    "compare": {"--json"},
+    "compare": {
+        "--recipe", "--set", "--objectives", "--student", "--teacher", "--seeds", "--data", "--eps", "--norm",
+        "--epochs", "--preset", "--baseline", "--out", "--jobs", "--fresh", "--json",
+    },
+    "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--fresh", "--json"},
     "list": {"--json"},
     "doctor": {"--json"},
@@ -472,14 +476,14 @@ def test_adversarial_images_are_written_and_can_be_verified(crdnd, natural):
 def test_two_models_are_compared_sample_by_sample(crdnd, natural):
     for name, model in (("a", natural), ("b", natural / "last")):
         assert crdnd("evaluate", str(model), "--attacks", "fgsm", "--out", f"{name}.json").status == 0
-    shown = crdnd("compare", "a.json", "b.json")
+    shown = crdnd("diff", "a.json", "b.json")
     assert shown.status == 0, shown.err
     assert all(word in shown.out for word in ("clean", "fgsm", "worst_case"))
-    found = json.loads(crdnd("compare", "a.json", "b.json", "--json").out)
+    found = json.loads(crdnd("diff", "a.json", "b.json", "--json").out)
     one, other = (build(Results, json.loads(Path(f"{name}.json").read_text())).rows[0] for name in "ab")
     assert found["fgsm"]["points"] == pytest.approx(one.attacks["fgsm"].percent - other.attacks["fgsm"].percent)
     assert crdnd("evaluate", str(natural), "--attacks", "fgsm", "--eps", "0.2", "--out", "c.json").status == 0
-    refused = crdnd("compare", "a.json", "c.json")
+    refused = crdnd("diff", "a.json", "c.json")
     assert (refused.status, refused.err.count("\n")) == (2, 1)
     assert "they differ in eps" in refused.err
 
@@ -555,7 +559,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "engine": (("evaluate", "model", "--engine", "ref"), "engine: must be own or reference, got 'ref'"),
     "engine without the attack": (("evaluate", "model", "--engine", "reference"), "engine: the reference has AutoAtt"),
     "weights of a folder": (("evaluate", "model", "--weights", "w.pt"), "weights: belong to a model given as package"),
-    "nothing to compare": (("compare", "a.json", "b.json"), "a.json: cannot be read"),
+    "nothing to compare": (("diff", "a.json", "b.json"), "a.json: cannot be read"),
     "eps of an evaluation": (("evaluate", "model", "--eps", "8"), "write 8/255 and not 8"),
     "norm of an evaluation": (("evaluate", "model", "--norm", "l2"), "the model's eps is for linf; give --eps for l2"),
     "data of an evaluation": (("evaluate", "model", "--data", "digit"), "did you mean 'digits'"),

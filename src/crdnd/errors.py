@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """The run or the machine failed (a loss that is NaN, a full disk); nothing saved before is lost. Exit 1."""
 
 
+class DivergenceError(RunError):
+    """The loss or the weights are not finite any more; the same run would end so again."""
+
+
 class Interrupted(BaseException):
     """A signal stopped the run after its state was saved. Exit 130 for Ctrl-C, 143 for SIGTERM.
 

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from crdnd.errors import InputError, RunError
 
+LOCK = ".lock"
+
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a kill at any moment, finds the old content or the new, never a part.
@@ -48,6 +50,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Move everything but the lock into `<folder>.old-<n>`, and say where that is; None where there was nothing."""
+    content = [path for path in folder.iterdir() if path.name != LOCK]
+    if not content:
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    make_folder(aside)
+    for path in content:
+        path.rename(aside / path.name)
+    return aside
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +107,7 @@ def exclusive(folder: Path) -> Generator[None]:
 
     The operating system releases the lock when the process dies, so a killed run never leaves a stale one.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -33,7 +33,7 @@ class Recipe(TrainSettings):
     def run(self, *, fresh: bool = False, listener: Listener | None = None) -> Run:
         """Do it, or go on with it, or return it if it is done."""
         splits = load_data(self.data, self.split_seed)
-        model = self._build_model(splits)
+        model = self.build_model(splits)
         own = {name: getattr(self, name) for name in TrainSettings.model_fields}
         if self.teacher is not None:
             return distill(
@@ -44,7 +44,8 @@ class Recipe(TrainSettings):
             raise InputError("second_teacher: give the robust one as teacher too.")
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
 
-    def _build_model(self, splits: Splits) -> Any:
+    def build_model(self, splits: Splits) -> Any:
+        """The untrained network, made for the images and classes of this data."""
         if ":" in self.model.name:
             return resolve_model(self.model.name)
         images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)

@@ -53,6 +53,11 @@ def settings_of(recipe: Path | None, assignments: list[str] | None, options: dic
     return merge(read_yaml(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
 
 
+def has_card(path: Path) -> bool:
+    """Whether a model is one that this package wrote, which says what it was trained on."""
+    return path.is_dir() or (path.suffix == ".safetensors" and path.exists())
+
+
 def print_json(document: str | dict[str, Any]) -> None:
     """The one document on standard output."""
     print(document if isinstance(document, str) else json.dumps(document, indent=1), flush=True)

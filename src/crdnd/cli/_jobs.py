@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import sys
 import time
@@ -11,12 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crdnd.engine.signals import stop_requests
 from crdnd.errors import InputError, Interrupted, RunError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
 SECONDS_TO_SAVE = 60.0
+MOST_BARS = 16
+"""More jobs than these get a bar only while they run."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,14 @@ class Job:
         work: a function at module level, called in another process with a reporter of (steps done, steps in all).
         arguments: what else it is called with; picklable.
         after: jobs that must be done first.
+        after_end: jobs that must have ended first, done or failed.
     """
 
     name: str
     work: Callable[..., None]
     arguments: tuple[object, ...]
     after: tuple[str, ...] = ()
+    after_end: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,6 +61,7 @@ def run_jobs(
     threads: int,
     on_step: Callable[[str, int, int], None],
     on_done: Callable[[str], None],
+    on_failed: Callable[[str, str], None] | None = None,
 ) -> None:
     """Run all jobs, at most `processes` at a time.
 
@@ -61,6 +71,8 @@ def run_jobs(
         threads: torch threads of each process.
         on_step: called with (name, steps done, steps in all).
         on_done: called with the name of a job that is done.
+        on_failed: called with the name of a job that ended in a RunError and with why, and so for every job that had
+            to come after it; the others go on. Without it such an end stops all.
 
     Raises:
         InputError, RunError: what a job ended with; the others were stopped and saved what they had.
@@ -73,7 +85,9 @@ def run_jobs(
         context.set_forkserver_preload(["crdnd.recipe", "crdnd.evaluation"])
     with stop_requests() as request, _stopped_at_the_end(running):
         while waiting or running:
-            for job in [job for job in waiting if done.issuperset(job.after)][: processes - len(running)]:
+            left = {job.name for job in waiting} | {entry.job.name for entry in running}
+            ready = [job for job in waiting if done.issuperset(job.after) and left.isdisjoint(job.after_end)]
+            for job in ready[: processes - len(running)]:
                 waiting.remove(job)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, sender, threads), name=job.name)
@@ -82,11 +96,18 @@ def run_jobs(
                 running.append(_Running(job, process, receiver))
             multiprocessing.connection.wait([entry.messages for entry in running], timeout=0.5)
             for entry in list(running):
-                if _drained(entry, on_step):
-                    running.remove(entry)
+                if not _drained(entry, on_step):
+                    continue
+                running.remove(entry)
+                try:
                     _join(entry)
-                    done.add(entry.job.name)
-                    on_done(entry.job.name)
+                except RunError as error:
+                    if on_failed is None:
+                        raise RunError(f"{entry.job.name}: {error}") from None
+                    waiting = _without(waiting, entry.job.name, str(error), on_failed)
+                    continue
+                done.add(entry.job.name)
+                on_done(entry.job.name)
             if request.exit_code is not None:
                 raise Interrupted("", request.exit_code)
 
@@ -142,9 +163,74 @@ def _join(entry: _Running) -> None:
         case ("refused", message):
             raise InputError(f"{entry.job.name}: {message}")
         case ("failed", message):
-            raise RunError(f"{entry.job.name}: {message}")
+            raise RunError(message)
         case _:
             return
+
+
+def _without(waiting: list[Job], name: str, why: str, on_failed: Callable[[str, str], None]) -> list[Job]:
+    """The jobs that can still run after one has failed."""
+    on_failed(name, why)
+    for job in [job for job in waiting if name in job.after]:
+        if job in waiting:  # it may have gone with another one that it waited for
+            waiting = _without([other for other in waiting if other is not job], job.name, f"{name}: {why}", on_failed)
+    return waiting
+
+
+class Display:
+    """How far each job is, on standard error: bars in a terminal; elsewhere a line for each job that has ended."""
+
+    def __init__(self, names: Sequence[str], reused: Sequence[str], bars: "Progress", console: "Console") -> None:
+        self._reused, self._bars, self._console = reused, bars, console
+        self._many = len(names) > MOST_BARS
+        self._all = bars.add_task("all", total=len(names), state="", visible=self._many)
+        self._tasks: dict[str, TaskID] = {
+            name: bars.add_task(name, total=None, start=False, state="waiting", visible=not self._many)
+            for name in names
+        }
+
+    def step(self, name: str, step: int, steps: int) -> None:
+        """A job has done so many of its steps."""
+        self._bars.start_task(self._tasks[name])
+        state = f"step {step} of {steps}" if step < steps else "attacking"
+        self._bars.update(self._tasks[name], completed=step, total=steps, state=state, visible=True)
+
+    def done(self, name: str) -> None:
+        """A job is done."""
+        self._end(name, "reused" if name in self._reused else "done", "")
+
+    def failed(self, name: str, why: str) -> None:
+        """A job has failed, or cannot be done because another one has."""
+        self._end(name, "failed", f": {why}")
+
+    def _end(self, name: str, state: str, why: str) -> None:
+        self._bars.update(self._tasks[name], completed=1, total=1, state=state, visible=not self._many)
+        self._bars.stop_task(self._tasks[name])
+        self._bars.advance(self._all)
+        if why or not self._console.is_terminal:
+            self._console.print(f"{name}: {state}{why}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def showing_jobs(names: Sequence[str], reused: Sequence[str] = ()) -> Generator[Display]:
+    """A display of jobs while the body runs; those in `reused` were done before."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield Display(names, reused, bars, console)
+
+
+def cores_for(processes: int) -> int:
+    """Torch threads of each of so many processes that share this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 @contextmanager

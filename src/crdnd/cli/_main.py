@@ -8,6 +8,7 @@ import typer
 
 from crdnd.cli.compare import compare_command
 from crdnd.cli.demo import demo_command
+from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
 from crdnd.cli.evaluate import evaluate_command
 from crdnd.cli.lists import list_command
@@ -26,6 +27,7 @@ app.command("train")(train_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
+app.command("diff")(diff_command)
 app.command("list")(list_command)
 app.command("doctor")(doctor_command)
 

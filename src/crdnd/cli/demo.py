@@ -1,9 +1,7 @@
 """`crdnd demo`: a robust teacher, seven students of the same kind, four attacks, one report."""
 
 import os
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,8 +9,8 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
+from crdnd.cli._runs import EVALUATION, current_evaluation, saved_in, test_images, uses_teacher
 from crdnd.config import Frozen, build
-from crdnd.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from crdnd.evaluation import Results
     from crdnd.recipe import Recipe
 
-RESULTS, REPORT, EVALUATION = "results.json", "report.html", "evaluation.json"
+RESULTS, REPORT = "results.json", "report.html"
 GALLERY_SAMPLES, GALLERY_ATTACK = 4, "cw_inf"
 
 
@@ -66,21 +64,10 @@ def demo_command(
     teacher = merge(demo.shared, demo.teacher, changes, {"role": "teacher", "out": str(out / "teacher")})
     recipes = {"teacher": make_recipe(teacher, "teacher")}
     for name, own in demo.students.items():
-        distilled = {"teacher": str(out / "teacher")} if _needs_teacher(name, own) else {}
-        values = merge(
-            demo.shared, demo.student, {"objective": name}, own, changes, distilled, {"out": str(out / name)}
-        )
-        recipes[name] = make_recipe(values, name)
+        values = merge(demo.shared, demo.student, {"objective": name}, own, changes, {"out": str(out / name)})
+        distilled = {"teacher": str(out / "teacher")} if uses_teacher(values, name) else {}
+        recipes[name] = make_recipe(values | distilled, name)
     _run(recipes, demo.attacks, out, jobs or min(os.cpu_count() or 1, len(recipes)), fresh=fresh, json=json)
-
-
-def _needs_teacher(name: str, own: Mapping[str, Any]) -> bool:
-    from crdnd.engine import Named
-    from crdnd.objectives import load_objective, needs_teacher
-    from crdnd.recipe import merge
-
-    method = load_objective(build(Named, merge({"objective": name}, own)["objective"]).name)
-    return needs_teacher(method, method.attack)
 
 
 def _run(
@@ -88,10 +75,10 @@ def _run(
 ) -> None:
     from rich.console import Console
 
-    from crdnd.cli._jobs import Job, run_jobs
+    from crdnd.cli._jobs import Job, cores_for, run_jobs, showing_jobs
     from crdnd.engine import is_finished
-    from crdnd.evaluation import Results, combine
-    from crdnd.io import atomic_write_text, read_json
+    from crdnd.evaluation import combine, load_results
+    from crdnd.io import atomic_write_text
     from crdnd.report import findings, results_table
 
     reused = [] if fresh else [name for name in recipes if is_finished(out / name)]
@@ -99,14 +86,10 @@ def _run(
         Job(name, train_and_evaluate, (recipe, attacks, fresh), ("teacher",) if recipe.teacher else ())
         for name, recipe in recipes.items()
     ]
-    with _display(list(recipes), reused) as (on_step, on_done):
-        try:
-            threads = max(1, (os.cpu_count() or 1) // processes)
-            run_jobs(work, processes=processes, threads=threads, on_step=on_step, on_done=on_done)
-        except Interrupted as error:
-            message = f"stopped; everything is saved in {out}. The same command goes on from there."
-            raise Interrupted(message, error.exit_code) from None
-    results = combine([build(Results, read_json(out / name / EVALUATION)) for name in recipes])
+    with showing_jobs(list(recipes), reused) as display, saved_in(out):
+        threads = cores_for(processes)
+        run_jobs(work, processes=processes, threads=threads, on_step=display.step, on_done=display.done)
+    results = combine([load_results(out / name / EVALUATION) for name in recipes])
     atomic_write_text(out / RESULTS, results.to_json())
     _write_report(results, recipes, out)
     if json:
@@ -121,58 +104,21 @@ def _run(
     console.print(f"Results: {out / RESULTS}\nReport:  {out / REPORT}")
 
 
-@contextmanager
-def _display(
-    names: Sequence[str], reused: Sequence[str]
-) -> Generator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """A bar for each run on standard error; without a terminal, a line for each run that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks = {name: bars.add_task(name, total=None, start=False, state="waiting") for name in names}
-
-        def on_step(name: str, step: int, steps: int) -> None:
-            bars.start_task(tasks[name])
-            state = f"step {step} of {steps}" if step < steps else "attacking"
-            bars.update(tasks[name], completed=step, total=steps, state=state)
-
-        def on_done(name: str) -> None:
-            state = "reused" if name in reused else "done"
-            bars.update(tasks[name], completed=1, total=1, state=state)
-            bars.stop_task(tasks[name])
-            if not console.is_terminal:
-                print(f"{name}: {state}", file=sys.stderr, flush=True)
-
-        yield on_step, on_done
-
-
 def train_and_evaluate(
     report: Callable[[int, int], None], recipe: "Recipe", attacks: tuple[str, ...], fresh: bool
 ) -> None:
     """One run of the demo, in a process of its own: train, attack both checkpoints, write `evaluation.json`."""
-    from crdnd.data import load_data
     from crdnd.evaluation import Label, combine, evaluate, make_protocol
     from crdnd.io import atomic_write_text
     from crdnd.models import weights_sha256
 
-    test = load_data(recipe.data, recipe.split_seed).test
-    if test is None:
-        raise InputError(f"data {recipe.data}: has no test split.")
+    test = test_images(recipe)
     run = recipe.run(fresh=fresh, listener=lambda progress: report(progress.step, progress.steps))
     report(1, 1)
     other = "last" if recipe.select == "best" else "best"
     models: dict[Literal["best", "last"], nn.Module] = {recipe.select: run.model, other: run.other}
-    target = run.folder / EVALUATION
     fingerprint = make_protocol(test, recipe.threat, attacks).fingerprint
-    if _is_current(target, fingerprint, [weights_sha256(model) for model in models.values()]):
+    if current_evaluation(run.folder, fingerprint, [weights_sha256(model) for model in models.values()]):
         return
     name = recipe.objective.name
     results = [
@@ -181,23 +127,10 @@ def train_and_evaluate(
         )
         for checkpoint, model in models.items()
     ]
-    atomic_write_text(target, combine(results).to_json())
-
-
-def _is_current(target: Path, fingerprint: str, sha256s: Sequence[str]) -> bool:
-    """Whether the results in `target` are of this protocol and these models."""
-    from crdnd.evaluation import Results
-    from crdnd.io import read_json
-
-    try:
-        results = build(Results, read_json(target))
-    except InputError:
-        return False
-    return results.protocol.fingerprint == fingerprint and [row.model_sha256 for row in results.rows] == list(sha256s)
+    atomic_write_text(run.folder / EVALUATION, combine(results).to_json())
 
 
 def _write_report(results: "Results", recipes: Mapping[str, "Recipe"], out: Path) -> None:
-    from crdnd.data import load_data
     from crdnd.engine import load_history
     from crdnd.evaluation import examples
     from crdnd.models import load_model
@@ -205,8 +138,6 @@ def _write_report(results: "Results", recipes: Mapping[str, "Recipe"], out: Path
     from crdnd.report import findings, write_report
 
     first = recipes["teacher"]
-    test = load_data(first.data, first.split_seed).test
-    assert test is not None, "every run was evaluated on it"  # noqa: S101
     labels = {
         name: f"{recipe.objective.name} (teacher)" if recipe.role == "teacher" else recipe.objective.name
         for name, recipe in recipes.items()
@@ -218,7 +149,7 @@ def _write_report(results: "Results", recipes: Mapping[str, "Recipe"], out: Path
         histories={label: load_history(out / name) for name, label in labels.items()},
         gallery=examples(
             {label: load_model(out / name) for name, label in labels.items()},
-            test,
+            test_images(first),
             first.threat,
             GALLERY_ATTACK,
             count=GALLERY_SAMPLES,

@@ -17,6 +17,7 @@ from crdnd.cli._common import (
     SeedOption,
     SetOption,
     given,
+    has_card,
     print_json,
     settings_of,
 )
@@ -122,7 +123,7 @@ def evaluate_command(
         )
     spec = str(values["model"])
     network = resolve_model(spec, weights)
-    card = read_card(Path(spec)) if _has_card(Path(spec)) else ModelCard(schema="crdnd.model/1")
+    card = read_card(Path(spec)) if has_card(Path(spec)) else ModelCard(schema="crdnd.model/1")
     _fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False
@@ -194,10 +195,6 @@ def _attack_settings(found: Any, named: dict[str, dict[str, Any]] | None) -> Any
         raise InputError(f"attacks: must be a list of names or a mapping of names to settings, got {found!r}.")
     own: dict[str, Any] = found or {}
     return {name: own.get(name) or {} for name in named} if named else {key: own[key] or {} for key in own}
-
-
-def _has_card(path: Path) -> bool:
-    return path.is_dir() or (path.suffix == ".safetensors" and path.exists())
 
 
 def _fill_from_card(values: dict[str, Any], card: Any) -> None:

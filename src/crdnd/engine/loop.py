@@ -30,7 +30,7 @@ from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
-from crdnd.errors import Interrupted, RunError
+from crdnd.errors import DivergenceError, Interrupted
 from crdnd.models import evaluating, load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
 from crdnd.random import Stream, permutation
@@ -127,7 +127,8 @@ class Trainer:
 
         Raises:
             Interrupted: a signal asked to stop; the state was saved.
-            RunError: the loss is not finite any more, or the machine failed; the last good checkpoint is kept.
+            DivergenceError: the loss is not finite any more; the last good checkpoint is kept.
+            RunError: the machine failed; the last good checkpoint is kept.
         """
         if not self.student.training:
             self.student.train()
@@ -229,7 +230,7 @@ class Trainer:
 
     def _refuse_nan(self) -> None:
         if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
-            raise RunError(
+            raise DivergenceError(
                 f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
                 f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
                 "or set clip_grad_norm, and start over with --fresh."
@@ -319,7 +320,7 @@ class Trainer:
     def _save(self) -> None:
         self._refuse_nan()
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
-            raise RunError(
+            raise DivergenceError(
                 f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
                 "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )

@@ -26,7 +26,7 @@ from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.errors import InputError
-from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, read_json
+from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
     ModelCard,
     Normalized,
@@ -214,7 +214,7 @@ def _run(
         aside = None
         if accelerator.is_main_process:
             if fresh:
-                aside = _move_aside(out)
+                aside = move_aside(out)
             _remove_torn_writes(out)
             _open_run(out, settings, identity)
         accelerator.wait_for_everyone()
@@ -288,20 +288,6 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -
         )
     # Sums are added up in another order by another number of threads, so the run keeps the one it began with.
     return int(document.get("threads", torch.get_num_threads()))
-
-
-def _move_aside(out: Path) -> Path | None:
-    """Move everything but the lock into `<out>.old-<n>`, and say where that is; None where there was nothing."""
-    content = [path for path in out.iterdir() if path.name != ".lock"]
-    if not content:
-        return None
-    number = 1
-    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
-        number += 1
-    make_folder(aside)
-    for path in content:
-        path.rename(aside / path.name)
-    return aside
 
 
 def _remove_torn_writes(out: Path) -> None:

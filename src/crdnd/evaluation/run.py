@@ -259,9 +259,11 @@ def make_protocol(
     attacks: Sequence[str] | Mapping[str, Any],
     seed: int = 0,
     split: str = "test",
+    *,
+    checks: bool = False,
 ) -> Protocol:
     """The protocol that `evaluate` follows with these arguments on a model that has gradients."""
-    return _protocol(data, threat, choose_attacks(attacks), seed, split, (), checks=False)
+    return _protocol(data, threat, choose_attacks(attacks), seed, split, (), checks=checks)
 
 
 def _protocol(

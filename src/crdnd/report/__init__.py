@@ -1,7 +1,18 @@
-"""What was measured, for readers: a table for the terminal and a report in one HTML file."""
+"""What was measured, for readers: tables for the terminal, reports in one HTML file, leaderboards."""
 
 from crdnd.report._findings import findings
-from crdnd.report.html import write_report
+from crdnd.report.comparison import Comparison, load_comparison
+from crdnd.report.html import write_comparison, write_report
+from crdnd.report.leaderboard import Leaderboard, leaderboard
 from crdnd.report.table import results_table
 
-__all__ = ["findings", "results_table", "write_report"]
+__all__ = [
+    "Comparison",
+    "Leaderboard",
+    "findings",
+    "leaderboard",
+    "load_comparison",
+    "results_table",
+    "write_comparison",
+    "write_report",
+]

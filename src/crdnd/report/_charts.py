@@ -9,6 +9,7 @@ from markupsafe import Markup
 from crdnd.counts import Count
 from crdnd.engine.history import Epoch
 from crdnd.report._lines import Line
+from crdnd.report.leaderboard import WORST, Estimate, Leaderboard
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -101,6 +102,58 @@ def clean_against_worst_case(lines: Sequence[Line], colours: Mapping[str, str]) 
     figure.update_xaxes(title_text="clean accuracy (%)", range=x_range)
     figure.update_yaxes(title_text="worst-case accuracy (%)", range=y_range)
     return _fragment(figure, "chart-tradeoff", top=16)
+
+
+def colours_of_methods(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each method, in the order in which they come."""
+    return {name: _STUDENTS[index % len(_STUDENTS)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def clean_against_robust(board: Leaderboard, colours: Mapping[str, str]) -> Markup:
+    """A point per method, student and teacher with its 95% t intervals: a colour per method, a symbol per student."""
+    from plotly.graph_objects import Figure, Scatter
+
+    shown = [entry for entry in board.entries if entry.columns]
+    students = list(dict.fromkeys(entry.student for entry in shown))
+    symbols = {name: _ATTACKS[index % len(_ATTACKS)].removesuffix("-open") for index, name in enumerate(students)}
+    figure = Figure()
+    for entry in shown:
+        clean, worst, colour = entry.columns["clean"], entry.columns[WORST], colours[entry.objective]
+        names = [_plain(name) for name in (entry.objective, entry.student, entry.teacher) if name]
+        figure.add_trace(
+            Scatter(
+                x=[clean.mean],
+                y=[worst.mean],
+                error_x=_t_interval(clean, colour),
+                error_y=_t_interval(worst, colour),
+                mode="markers",
+                marker={"color": colour, "symbol": symbols[entry.student], "size": 11},
+                hovertext=["<br>".join([*names, f"clean {_estimated(clean)}", f"worst case {_estimated(worst)}"])],
+                hoverinfo="text",
+                showlegend=False,
+            )
+        )
+    # In the legend a square stands for a method, whatever the student, and a grey symbol for a student.
+    keys = [(name, colours[name], "square") for name in dict.fromkeys(entry.objective for entry in shown)]
+    keys += [(name, _TEACHER, symbol) for name, symbol in symbols.items()]
+    for name, colour, symbol in keys:
+        marker = {"color": colour, "symbol": symbol, "size": 11}
+        figure.add_trace(Scatter(x=[None], y=[None], mode="markers", marker=marker, name=_plain(name)))
+    figure.update_layout(height=520)
+    figure.update_xaxes(title_text="clean accuracy (%)")
+    figure.update_yaxes(title_text="worst-case accuracy (%)")
+    return _fragment(figure, "chart-comparison", top=48)
+
+
+def _t_interval(found: Estimate, colour: str) -> dict[str, Any]:
+    """An error bar; none for a single seed."""
+    half = 0.0 if found.high is None else found.high - found.mean
+    return {"type": "data", "array": [half], "visible": half > 0, "color": colour, "thickness": 1.2, "width": 4}
+
+
+def _estimated(found: Estimate) -> str:
+    interval = "" if found.low is None else f", 95% [{found.low:.1f}, {found.high:.1f}]"
+    return f"{found.mean:.1f}% over {found.n} seeds{interval}"
 
 
 def attacks_on_one_line(lines: Sequence[Line], attacks: Sequence[str], colours: Mapping[str, str]) -> Markup:

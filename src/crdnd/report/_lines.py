@@ -1,4 +1,4 @@
-"""Which rows make a line of the report's tables and charts, and what each line is called."""
+"""Which rows make a line of the report's tables and charts, and what lines and columns are called."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -59,3 +59,8 @@ def _label(row: Row, rows: list[Row]) -> str:
     if row.checkpoint == "last":
         details.append("last checkpoint")
     return f"{row.method} ({', '.join(details)})" if details else row.method
+
+
+def header(name: str) -> str:
+    """Break a long attack name where a reader would, so that it does not widen its column."""
+    return name if len(name) <= len("pgd_sat") else name.replace("_", "_\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,6 +19,10 @@ from crdnd.evaluation import Example, Results
 from crdnd.io import atomic_write_text
 from crdnd.report import _charts
 from crdnd.report._lines import Line, lines_of
+from crdnd.report.comparison import Comparison
+from crdnd.report.leaderboard import leaderboard, passes, signed
+from crdnd.report.leaderboard import notes as notes_of
+from crdnd.report.leaderboard import title as title_of
 
 
 def write_report(
@@ -57,14 +61,7 @@ def write_report(
     for item in gallery:
         cards.setdefault(item.sample, []).append(_card(item))
 
-    environment = Environment(
-        loader=PackageLoader("crdnd", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = _template("report.html.j2").render(
         title=title,
         command=command,
         notes=notes,
@@ -80,6 +77,41 @@ def write_report(
         gallery=cards,
     )
     atomic_write_text(path, page)
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the report of a comparison to `path`: its leaderboard, a chart, and how it was made.
+
+    Raises:
+        InputError: nothing was measured; no file is written.
+    """
+    from plotly.offline import get_plotlyjs
+
+    board = leaderboard(comparison)
+    colours = _charts.colours_of_methods([entry.objective for entry in board.entries])
+    page = _template("comparison.html.j2").render(
+        title="Methods compared",
+        comparison=comparison,
+        board=board,
+        heading=title_of(board),
+        notes=notes_of(comparison),
+        signed=signed,
+        passes=passes,
+        colours=colours,
+        plotly=Markup(get_plotlyjs()),  # noqa: S704
+        chart=_charts.clean_against_robust(board, colours),
+    )
+    atomic_write_text(path, page)
+
+
+def _template(name: str) -> Template:
+    return Environment(
+        loader=PackageLoader("crdnd", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from crdnd.counts import Count
 from crdnd.evaluation.result import Results
-from crdnd.report._lines import Line, lines_of
+from crdnd.report._lines import Line, header, lines_of
 
 
 def results_table(results: Results) -> Table:
@@ -35,7 +35,7 @@ def results_table(results: Results) -> Table:
     )
     table.add_column(Text("method\nmodel\nparams"), overflow="fold")
     for name in ("clean", *protocol.attacks, "worst\ncase"):
-        table.add_column(Text(_header(name)), justify="right", overflow="fold")
+        table.add_column(Text(header(name)), justify="right", overflow="fold")
     if with_last:
         table.add_column(Text("last\nckpt"), justify="right", overflow="fold")
 
@@ -51,11 +51,6 @@ def results_table(results: Results) -> Table:
             end_section=following is not None and row.role != following.row.role,
         )
     return table
-
-
-def _header(name: str) -> str:
-    """Break a long attack name where a reader would, so that it does not widen its column."""
-    return name if len(name) <= len("pgd_sat") else name.replace("_", "_\n")
 
 
 def _name(line: Line) -> Text:

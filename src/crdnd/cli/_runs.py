@@ -1,0 +1,63 @@
+"""What `crdnd demo` and `crdnd compare` share: runs from recipes, and the evaluations in their folders."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crdnd.config import build
+from crdnd.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from crdnd.data import ImageData
+    from crdnd.evaluation import Results
+    from crdnd.recipe import Recipe
+
+EVALUATION = "evaluation.json"
+
+
+def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
+    """Whether the method in these layers of a recipe looks at a teacher."""
+    from crdnd.engine import Named
+    from crdnd.engine.settings import AttackOverrides
+    from crdnd.objectives import load_objective, needs_teacher
+
+    method = load_objective(build(Named, layers.get("objective"), f"{where}.objective" if where else "objective").name)
+    changes = build(AttackOverrides, layers.get("attack", {}), f"{where}.attack" if where else "attack")
+    return layers.get("igdm") is not None or needs_teacher(
+        method, method.attack and method.attack.model_copy(update=changes.model_dump(exclude_none=True))
+    )
+
+
+def test_images(recipe: "Recipe") -> "ImageData":
+    """The test images of a run's data set."""
+    from crdnd.data import load_data
+
+    test = load_data(recipe.data, recipe.split_seed).test
+    if test is None:
+        raise InputError(f"data {recipe.data}: has no test split.")
+    return test
+
+
+def current_evaluation(folder: Path, fingerprint: str, sha256s: Sequence[str]) -> "Results | None":
+    """The evaluation in a run's folder, if it is of this protocol and of these models."""
+    from crdnd.evaluation import load_results
+
+    try:
+        results = load_results(folder / EVALUATION)
+    except InputError:
+        return None
+    current = results.protocol.fingerprint == fingerprint and [row.model_sha256 for row in results.rows] == list(
+        sha256s
+    )
+    return results if current else None
+
+
+@contextmanager
+def saved_in(out: Path) -> Generator[None]:
+    """Say where everything is when a signal stops the jobs of the body."""
+    try:
+        yield
+    except Interrupted as error:
+        message = f"stopped; everything is saved in {out}. The same command goes on from there."
+        raise Interrupted(message, error.exit_code) from None
