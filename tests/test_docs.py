@@ -7,9 +7,11 @@ import pytest
 from pydantic import Field
 
 from crdnd.objectives import ObjectiveSettings, load_objective, objective_names
+from crdnd.report.comparison import load_comparison
 
 DOCS = Path(__file__).parent.parent / "docs"
 GENERATOR = runpy.run_path(str(DOCS / "methods.py"))
+DIGITS = runpy.run_path(str(DOCS / "digits.py"))
 
 
 def test_the_pages_of_the_methods_are_those_of_their_files():
@@ -40,3 +42,8 @@ def test_a_page_shows_values_as_a_recipe_writes_them_and_escapes_bars():
         r"| `drops` | `[0.7167, 0.95]` | KL(T \|\| S). |",
         "| `centre` | `false` | Whether. |",
     ]
+
+
+def test_the_page_of_the_digits_is_that_of_its_results():
+    written = DIGITS["page"](load_comparison(DIGITS["RESULTS"]))
+    assert DIGITS["PAGE"].read_text(encoding="utf-8") == written, "run `python docs/digits.py`"
