@@ -101,7 +101,7 @@ def auto_pgd(
     state = _State(
         index=torch.arange(len(x), device=x.device), x=x, y=y, target=target,
         x_adv=x_adv, x_previous=x_adv, gradient=gradient, loss=value,
-        best=x_adv, best_gradient=gradient, best_loss=value, best_loss_at_look=value,
+        best=x_adv.clone(), best_gradient=gradient.clone(), best_loss=value, best_loss_at_look=value,
         step=x.new_full((len(x), *(1,) * (x.ndim - 1)), 2.0),
         rises=torch.zeros_like(y), halved=torch.ones_like(fooled),
     )  # fmt: skip
@@ -136,9 +136,9 @@ def _advance(
     state.rises = state.rises + (value > state.loss)
     state.loss, state.gradient = value, gradient
     better = value > state.best_loss
-    wide = better.reshape(state.step.shape)
-    state.best = torch.where(wide, moved, state.best)
-    state.best_gradient = torch.where(wide, gradient, state.best_gradient)
+    rows = better.nonzero()[:, 0]
+    state.best.index_copy_(0, rows, moved[rows])
+    state.best_gradient.index_copy_(0, rows, gradient[rows])
     state.best_loss = torch.where(better, value, state.best_loss)
     return fooled
 

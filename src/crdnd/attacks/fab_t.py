@@ -51,8 +51,8 @@ class FAB(Attack):
                 fooled = model(x_adv).argmax(1) != y
             found = fooled & (threat.distance(x_adv, x) <= threat.eps)
             result[index[found]] = x_adv[found]
-            back = x + self.beta * (x_adv - x)
-            x_adv = torch.where(fooled.reshape(-1, *(1,) * (x.ndim - 1)), back, x_adv)
+            stay = torch.where(fooled, self.beta, 1.0).to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            x_adv = torch.lerp(x, x_adv, stay)
             if found.any():
                 rows = ~found
                 index, x, x_adv, y, target = (value[rows] for value in (index, x, x_adv, y, target))
@@ -74,7 +74,9 @@ class FAB(Attack):
         from_adv, from_x = length.clamp(min=1e-8).chunk(2)
         alpha = (from_adv / (from_adv + from_x)).clamp(max=self.alpha_max).reshape(-1, *(1,) * (x.ndim - 1))
         move_adv, move_x = both.reshape(2, *x.shape)
-        return ((1 - alpha) * (x_adv + self.eta * move_adv) + alpha * (x + self.eta * move_x)).clamp(0, 1)
+        beyond_adv = torch.add(x_adv, move_adv, alpha=self.eta)
+        beyond_x = torch.add(x, move_x, alpha=self.eta)
+        return torch.lerp(beyond_adv, beyond_x, alpha).clamp_(0, 1)
 
 
 def _linearised(model: Classifier, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ square in a batch and never draws the last row and column), so that a verdict do
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,23 +64,25 @@ class Square(Attack):
         best: Tensor,
     ) -> Tensor:  # fmt: skip
         """Queries first to stop - 1, from the best points that the ones before found."""
-        propose = _square if threat.norm == "linf" else _move
+        proposals_of = _Squares if threat.norm == "linf" else _Moves
         result, index = x.clone(), torch.arange(len(x), device=x.device)
         highest = _margin(model, best, y)
-        draws = torch.empty(0)
+        proposals = None
         for query in range(first, stop):
             fooled = highest >= 0
             if fooled.any():
                 result[index[fooled]] = best[fooled]
                 rows = ~fooled
                 index, x, y, best, highest = (value[rows] for value in (index, x, y, best, highest))
-                draws = draws[rows] if query % DRAWN else draws
+                if proposals is not None:
+                    proposals.keep(rows)
             if not len(index):
                 return result
-            if query % DRAWN == 0:
-                shape = (DRAWN, _DRAWS + 2 * x.shape[1])
-                draws = stream.take(index).child("squares", query).uniform(shape)
-            x_new = propose(x, best, threat.eps, self.share(query), draws[:, query % DRAWN])
+            if proposals is None or query % DRAWN == 0:
+                block = query - query % DRAWN
+                draws = stream.take(index).child("squares", block).uniform((DRAWN, _DRAWS + 2 * x.shape[1]))
+                proposals = proposals_of(x, threat.eps, draws, [self.share(block + k) for k in range(DRAWN)])
+            x_new = proposals(best, query % DRAWN)
             value = _margin(model, x_new, y)
             better = (value > highest) | (value >= 0)
             best[better], highest[better] = x_new[better], value[better]  # few rows, most queries raise nothing
@@ -117,14 +120,42 @@ def _stripes(x: Tensor, eps: float, stream: Stream) -> Tensor:
     return (x + eps * signs).clamp(0, 1)
 
 
-def _square(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> Tensor:
-    """The best point so far with one square set to a corner of the ball."""
-    channels, height, width = x.shape[1:]
-    size = min(max(round(math.sqrt(share * height * width)), 1), height, width)
-    rows, columns = _window(draws[:, 0], size, height), _window(draws[:, 1], size, width)
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    signs = _signs(draws[:, _DRAWS : _DRAWS + channels]).to(x.dtype)[:, :, None, None]
-    return torch.where(inside, (x + eps * signs).clamp(0, 1), best)
+class _Squares:
+    """The next queries under linf: the best point so far with one square set to a corner of the ball.
+
+    Args:
+        x: natural images (B, C, H, W).
+        eps: of the ball.
+        draws: for so many queries, (B, queries, ...).
+        shares: of the image, that each query's square covers.
+    """
+
+    def __init__(self, x: Tensor, eps: float, draws: Tensor, shares: Sequence[float]) -> None:
+        channels, height, width = x.shape[1:]
+        sizes = [min(max(round(math.sqrt(share * height * width)), 1), height, width) for share in shares]
+        self.low, self.high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+        self.rows, self.columns = _windows(draws[..., 0], sizes, height), _windows(draws[..., 1], sizes, width)
+        self.rows, self.columns = self.rows.to(x.dtype), self.columns.to(x.dtype)
+        self.up = (draws[..., _DRAWS : _DRAWS + channels, None, None] >= 0.5).to(x.dtype)
+
+    def keep(self, rows: Tensor) -> None:
+        """Let the other samples go."""
+        self.low, self.high, self.up = self.low[rows], self.high[rows], self.up[rows]
+        self.rows, self.columns = self.rows[rows], self.columns[rows]
+
+    def __call__(self, best: Tensor, query: int) -> Tensor:
+        """What is tried; the query is counted within its draws."""
+        inside = self.rows[:, query, :, None] * self.columns[:, query, None, :]
+        # At weights of 0 and 1 this is a choice, and on a CPU a much faster one than by a mask.
+        return torch.lerp(best, torch.lerp(self.low, self.high, self.up[:, query]), inside[:, None])
+
+
+def _windows(corner: Tensor, sizes: Sequence[int], extent: int) -> Tensor:
+    """Which places of an axis the queries' windows cover; corner uniform in [0, 1). (B, Q) -> bool (B, Q, extent)."""
+    size = torch.tensor(sizes, device=corner.device)
+    first = (corner * (extent - size + 1)).long()[..., None]
+    places = torch.arange(extent, device=corner.device)
+    return (places >= first) & (places < first + size[:, None])
 
 
 @functools.cache
@@ -160,6 +191,21 @@ def _bumps(x: Tensor, eps: float, stream: Stream) -> Tensor:
         shape = torch.where(turned[:, None, None, tile, None], bump.T, bump)
         delta[:, :, i : i + size, j : j + size] = signs[:, :, tile, None, None] * shape
     return (x + eps * _unit(delta, (1, 2, 3))).clamp(0, 1)
+
+
+class _Moves:
+    """The next queries under l2; as `_Squares`."""
+
+    def __init__(self, x: Tensor, eps: float, draws: Tensor, shares: Sequence[float]) -> None:
+        self.x, self.eps, self.draws, self.shares = x, eps, draws, shares
+
+    def keep(self, rows: Tensor) -> None:
+        """Let the other samples go."""
+        self.x, self.draws = self.x[rows], self.draws[rows]
+
+    def __call__(self, best: Tensor, query: int) -> Tensor:
+        """What is tried; the query is counted within its draws."""
+        return _move(self.x, best, self.eps, self.shares[query], self.draws[:, query])
 
 
 def _move(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> Tensor:
