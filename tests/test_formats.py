@@ -88,5 +88,5 @@ def test_the_published_results_are_of_format_1() -> None:
 
 
 def test_the_readme_shows_the_published_results() -> None:
-    script = Path(__file__).parent.parent / "docs" / "readme_table.py"
+    script = Path(__file__).parent.parent / "docs" / "tables.py"
     assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0

@@ -1,0 +1,103 @@
+"""Write the tables in README.md and docs/evidence.md from the files in results/; with --check tell whether they are."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crdnd.config import build
+from crdnd.evaluation import Results
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- table: {name} -->\n", "<!-- end of table -->"
+
+
+def read(name: str) -> Any:
+    """A document of results/."""
+    return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table whose first columns are words and whose other columns are numbers."""
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * left + "---:|" * (len(header) - left)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def demo() -> str:
+    """The best checkpoint of every model."""
+    results = build(Results, read("demo.json"))
+    attacks, rows = list(results.protocol.attacks), list[list[str]]()
+    for row in results.rows:
+        if row.checkpoint == "best":
+            name = f"{row.method} (the teacher)" if row.role == "teacher" else row.method
+            low, high = row.worst_case.interval()
+            accuracies = [f"{count.percent:.1f}" for count in (row.clean, *row.attacks.values())]
+            worst = f"**{row.worst_case.percent:.1f}** [{low:.1f}, {high:.1f}]"
+            rows.append([name, f"{row.params:,}", *accuracies, worst])
+    return markdown(["method", "parameters", "clean", *attacks, "**worst case**"], rows)
+
+
+def reference() -> str:
+    """Images that stand under our AutoAttack and under the official one."""
+    rows = [
+        [
+            entry["model"], entry["norm"], f"{entry['eps']:.4g}", f"{entry['clean']}/{entry['n']}", str(entry["ours"]),
+            " ".join(map(str, entry["official"])), str(entry.get("closed_form", "")),
+        ]
+        for entry in read("reference.json")["entries"]
+    ]  # fmt: skip
+    header = ["model", "norm", "eps", "right", "ours", "official, five seeds", "closed form, one rival at a time"]
+    return markdown(header, rows, left=2)
+
+
+def speed() -> str:
+    """Ratios of the benchmarks, with what is wanted."""
+    rows: list[list[str]] = []
+    for name in ("benchmark-autoattack.json", "benchmark-autoattack-resnet18.json"):
+        found = read(name)
+        stand = f"{found['stand']['crdnd']} of {found['n']} stand"
+        memory = found["memory"]
+        peak = f", peak memory {memory['crdnd'] / memory['official']:.2f} of its" if memory else ""
+        what = f"AutoAttack, {found['model']}, {stand}{peak}"
+        rows.append([what, "pyautoattack", f"{found['ratio']:.2f}", f"{found['target']:g}"])
+    found = read("benchmark-pgd.json")
+    rows += [
+        [f"PGD-10, {found['settings']['model']}", rival, f"{entry['ratio']:.2f}", f"{entry['target']:g}"]
+        for rival, entry in found["ratios"].items()
+    ]
+    return markdown(["what", "beside", "their time over ours", "wanted"], rows, left=2)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"results/demo.json": demo},
+    "docs/evidence.md": {"results/reference.json": reference, "results/benchmark-*.json": speed},
+}
+"""What stands where."""
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """A page with its tables made anew."""
+    for name, make in tables.items():
+        start = START.format(name=name)
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(END)
+        text = before + start + make() + END + after
+    return text
+
+
+def main() -> int:
+    """Rewrite or check the pages."""
+    stale = False
+    for page, tables in TABLES.items():
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        new = filled(text, tables)
+        stale |= new != text
+        if "--check" not in sys.argv:
+            path.write_text(new, encoding="utf-8")
+    return int(stale and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
