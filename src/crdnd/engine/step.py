@@ -156,14 +156,14 @@ class Step:
             name, slope_wanted = f"{who}_{kind}", who == "t" and kind == "nat" and "t_linear" in wanted
             asked = {*wanted, name} if slope_wanted else wanted
             with torch.set_grad_enabled(slope_wanted or (x.requires_grad and torch.is_grad_enabled())):
-                x = x.detach().requires_grad_(True) if slope_wanted else x
-                views = self._look(network, name, x, asked)
+                z = x.detach().requires_grad_(True) if slope_wanted else x
+                views = self._look(network, name, z, asked)
                 self.passes.teacher += len(x) if views else 0
                 if self.repair and name in views:
                     views[name] = repaired(views[name], y)
                 if slope_wanted:
                     of_label = views[name].gather(1, y[:, None]).sum()
-                    (views["t_slope"],) = torch.autograd.grad(of_label, x)
+                    (views["t_slope"],) = torch.autograd.grad(of_label, z)
                     views = {key: value.detach() for key, value in views.items()}
             found |= views
         return found
