@@ -9,6 +9,7 @@ A step is attack, views, terms and the backward pass, on a batch of digits: stud
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,8 @@ from crdnd.random import Stream
 
 THREAT = ThreatModel(norm="linf", eps=0.1)
 SHARED = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
+FROZEN = ExitStack()
+"""The teachers' contexts, which live as long as the process: one that nobody holds ends at once."""
 EPOCHS, SECONDS = 60, 8.0
 """Of a student, and how long it may take on one core."""
 
@@ -41,8 +44,8 @@ def jobs(options: argparse.Namespace, names: list[str]) -> dict[str, Callable[[]
         return create_model("cnn", input_shape=shape, num_classes=classes, width=width, seed=seed).to(device)
 
     teacher, second = (network(32, seed).eval() for seed in (1, 2))
-    for one in (teacher, second):
-        frozen(one, x[:PROBE]).__enter__()  # for as long as this process lives
+    FROZEN.enter_context(frozen(teacher, x[:PROBE]))
+    FROZEN.enter_context(frozen(second, x[:PROBE]))
     found: dict[str, Callable[[], None]] = {}
     for name in names:
         student = network(options.width, 0).train()

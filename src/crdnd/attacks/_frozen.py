@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MethodType
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from crdnd.attacks._base import Classifier, input_gradient
+from crdnd.attacks._matrices import LARGEST_MATRIX, Chain, PixelMatrix, find_chain
 from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
@@ -19,8 +21,6 @@ PROBE = 8
 """How many images are enough to see whether they agree."""
 LARGEST_LAST = 1 << 20
 """Above so many weights a convolution with channels last takes up to twice the time: 256 x 512 x 3 x 3 and more."""
-LARGEST_MATRIX = 1 << 17
-"""Up to so many entries, a convolution on a CPU is computed as a product with the matrix of all its pixels."""
 
 
 @dataclass
@@ -36,14 +36,8 @@ class _Call:
 
     norm: nn.BatchNorm2d | None
     """What reads its output, and nothing else does."""
-    inputs: torch.Size
-    outputs: torch.Size
-    """Shapes of one image's maps (C, H, W)."""
-
-    @property
-    def is_small(self) -> bool:
-        """Whether one product with a matrix of all pixels beats a convolution: its call costs more than its sums."""
-        return self.inputs.numel() * self.outputs.numel() <= LARGEST_MATRIX
+    pixels: PixelMatrix | None
+    """How it is one product with a matrix, where that beats a convolution: its call costs more than its sums."""
 
 
 @contextmanager
@@ -92,8 +86,10 @@ class Folding:
     """
 
     def __init__(self, model: nn.Module, probe: Tensor) -> None:
+        self._model = model
         self._calls: dict[nn.Conv2d, _Call | None] = {}
         self._layout = torch.contiguous_format
+        self._chain: Chain | None = None
         convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m)]
         if not convolutions:
             return
@@ -103,6 +99,8 @@ class Folding:
         layouts = [torch.contiguous_format]
         if probe.shape[1] > 1 and probe.device.type == "cpu":
             layouts.insert(0, torch.channels_last)
+        small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
+        self._chain = find_chain(model, small, probe.shape[1:])
         for layout in layouts:
             self._calls, self._layout = {c: calls.get(c) for c in convolutions}, layout
             try:
@@ -111,7 +109,7 @@ class Folding:
                         return
             except RuntimeError:
                 pass  # as a `view` of what lies in another layout than its author thought
-        self._calls = {}
+        self._calls, self._chain = {}, None
 
     @contextmanager
     def applied(self, *, norms: bool = True) -> Generator[_Switch]:
@@ -128,10 +126,27 @@ class Folding:
                 if call is not None and call.norm is not None:
                     call.norm.forward = MethodType(_nothing_where(switch), call.norm)
                     patched.append(call.norm)
+            if self._chain is not None and norms:
+                self._model.forward = MethodType(_as_products(self._chain, switch), self._model)
+                patched.append(self._model)
             yield switch
         finally:
             for module in patched:
                 del module.forward  # the instance's own; the class's is found again
+
+    @contextmanager
+    def training(self) -> Generator[None]:
+        """Compute small convolutions as products while the weights learn, in any mode."""
+        patched = list[nn.Module]()
+        try:
+            for convolution, call in self._calls.items():
+                if call is not None and call.pixels is not None:
+                    convolution.forward = MethodType(_learning(call.pixels), convolution)
+                    patched.append(convolution)
+            yield
+        finally:
+            for module in patched:
+                del module.forward
 
 
 def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict[nn.Conv2d, _Call]]:
@@ -162,33 +177,67 @@ def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict
             norm = readers.get(convolution)
             if norm is not None and (times[norm] > 1 or norm.running_mean is None or "forward" in vars(norm)):
                 norm = None
-            calls[convolution] = _Call(norm, inputs, maps)
+            calls[convolution] = _Call(norm, _pixels(convolution, inputs, maps))
     return seen, calls
+
+
+def _pixels(convolution: nn.Conv2d, inputs: torch.Size, outputs: torch.Size) -> PixelMatrix | None:
+    small = inputs.numel() * outputs.numel() <= LARGEST_MATRIX
+    if not small or convolution.weight.device.type != "cpu" or convolution.padding_mode != "zeros":
+        return None
+    return PixelMatrix(convolution, inputs, outputs)
 
 
 def _fast(
     convolution: nn.Conv2d, call: _Call | None, layout: torch.memory_format, switch: _Switch
 ) -> Callable[[nn.Conv2d, Tensor], Tensor]:
     """The convolution with fixed weights, the norm's included; as one matrix product where that is faster."""
-    with torch.no_grad():
-        weight, bias = _folded(convolution, call.norm if call else None)
-        matrix, shift = None, None
-        if call is not None and call.is_small and weight.device.type == "cpu":
-            pixels = torch.eye(call.inputs.numel(), dtype=weight.dtype).reshape(-1, *call.inputs)
-            matrix = convolution._conv_forward(pixels, weight, None).flatten(1).T.contiguous()  # pyright: ignore[reportPrivateUsage]
-            shift = None if bias is None else bias.repeat_interleave(call.outputs[1] * call.outputs[2])
-        if weight.numel() > LARGEST_LAST:
-            layout = torch.contiguous_format
-        weight = weight.contiguous(memory_format=layout)
+    pixels = call.pixels if call else None
+    if convolution.weight.numel() > LARGEST_LAST:
+        layout = torch.contiguous_format
+
+    # Not before they are asked for: where the model is a chain of products, they never are.
+    @cache
+    def folded() -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            weight, bias = _folded(convolution, call.norm if call else None)
+            return weight.contiguous(memory_format=layout), bias
+
+    @cache
+    def product() -> tuple[Tensor, Tensor | None]:
+        assert pixels is not None  # noqa: S101
+        weight, bias = folded()
+        return pixels(weight).T, None if bias is None else pixels.spread(bias)
 
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not switch.on:
             return nn.Conv2d.forward(self, x)
-        if call is not None and matrix is not None and x.shape[1:] == call.inputs:
-            return F.linear(x.flatten(1), matrix, shift).unflatten(1, call.outputs)
-        return self._conv_forward(x.contiguous(memory_format=layout), weight, bias)  # pyright: ignore[reportPrivateUsage]
+        if pixels is not None and x.shape[1:] == pixels.inputs:
+            return F.linear(x.flatten(1), *product()).unflatten(1, pixels.outputs)
+        return self._conv_forward(x.contiguous(memory_format=layout), *folded())  # pyright: ignore[reportPrivateUsage]
 
     return convolve
+
+
+def _learning(pixels: PixelMatrix) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution as a product, through which gradients reach its weights."""
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        if x.shape[1:] != pixels.inputs:
+            return nn.Conv2d.forward(self, x)
+        bias = None if self.bias is None else pixels.spread(self.bias)
+        return F.linear(x.flatten(1), pixels(self.weight).T, bias).unflatten(1, pixels.outputs)
+
+    return convolve
+
+
+def _as_products(chain: Chain, switch: _Switch) -> Callable[[nn.Module, Tensor], Tensor]:
+    products = chain.compiled()
+
+    def classify(self: nn.Module, x: Tensor) -> Tensor:
+        return products(x) if switch.on and chain.computes(x) else type(self).forward(self, x)
+
+    return classify
 
 
 def _nothing_where(switch: _Switch) -> Callable[[nn.BatchNorm2d, Tensor], Tensor]:

@@ -53,7 +53,7 @@ class Step:
         second_teacher: another frozen network, for methods that look at two.
         repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
         igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
-        folding: how the student is computed while it is attacked.
+        folding: how the student is computed faster, while it is attacked and while it learns.
     """
 
     student: nn.Module
@@ -102,10 +102,11 @@ class Step:
 
     def terms(self, batch: Batch) -> tuple[LossTerms, Views]:
         """The student's views of a batch, and the terms that follow."""
-        views = batch.teachers | self._of_student("nat", batch.x, self.needs)
-        if batch.x_adv is not None:
-            views |= self._of_student("adv", batch.x_adv, self.needs)
-            views |= self._of_student("mirror", 2 * batch.x - batch.x_adv, self.needs)
+        with self.folding.training() if self.folding is not None else nullcontext():
+            views = batch.teachers | self._of_student("nat", batch.x, self.needs)
+            if batch.x_adv is not None:
+                views |= self._of_student("adv", batch.x_adv, self.needs)
+                views |= self._of_student("mirror", 2 * batch.x - batch.x_adv, self.needs)
         v = Views(batch.y, batch.progress, views=views, target=batch.target, draws=batch.draws)
         terms = self.objective(v)
         if self.igdm is not None:
