@@ -302,6 +302,7 @@ RUN = SPEC | {
         "rslad": {"attack": {"steps": 1}},
     },
     "seeds": [0],
+    "n": 60,
 }
 GOOD = ["natural/cnn-2/no-teacher", "pgd_at/cnn-2/no-teacher", "rslad/cnn-2/big"]
 
@@ -372,12 +373,12 @@ def test_the_document_says_what_was_measured_chosen_and_lost(done):
     (choice,) = found.choices
     assert [bool(trial.failed) for trial in choice.trials] == [True, False, False]
     assert choice.chosen == choose(choice.trials) + 1
-    test = load_data("digits", 0).test
+    test = load_data("digits", 0).test.subset(torch.arange(60))
     assert found.protocols == [make_protocol(test, ThreatModel(eps=0.1), PRESETS["quick"].attacks)]
     for cell in found.cells[:1] + found.cells[-1:]:
         card = read_card(done / "out" / cell.folder)
         assert (cell.row.model_sha256, cell.teacher_sha256, card.split_seed) == (card.sha256, card.teacher_sha256, 0)
-        assert (cell.row.n, cell.epochs, cell.best_epoch) == (450, 1, 1)
+        assert (cell.row.n, cell.epochs, cell.best_epoch) == (60, 1, 1)
         assert cell.best.robust.n == 200
         assert cell.seconds > 0
     (teacher,) = found.teachers
@@ -487,7 +488,8 @@ def test_options_make_the_same_spec_as_a_recipe(tmp_path, compare, monkeypatch):
     from crdnd.cli.compare import _spec
 
     found = _spec(
-        None, ["batch_size=300"], {"threat": {"eps": "0.1"}, "epochs": 1}, {"seeds": [0, 1], "preset": "quick"},
+        None, ["batch_size=300"], {"threat": {"eps": "0.1"}, "epochs": 1},
+        {"seeds": [0, 1], "preset": "quick", "n": 60},
         "rslad,natural", ["cnn,width=2", "cnn"], ["runs/big", "package.module:factory"],
     )  # fmt: skip
     assert found == build(
@@ -500,6 +502,7 @@ def test_options_make_the_same_spec_as_a_recipe(tmp_path, compare, monkeypatch):
             "seeds": [0, 1],
             "splits": "fixed",
             "preset": "quick",
+            "n": 60,
         },
     )
 

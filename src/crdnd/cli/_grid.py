@@ -46,6 +46,7 @@ class Spec(Frozen):
     )
     trial_seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="Where trials are judged.")
     preset: str = Field(default="standard", description="Attacks, as for `crdnd evaluate`.")
+    n: int | None = Field(default=None, ge=1, description="Only the first n test images; all by default.")
     baseline: str | None = Field(default=None, description="The objective that the others are compared with.")
 
 
@@ -270,7 +271,7 @@ def _check_runs(grid: Grid) -> None:
 def what_differs(old: Spec, new: Spec) -> list[str]:
     """How a spec differs from the one that a folder was made with, apart from cells that were added."""
     found = [f"shared.{text}" for text in differences(old.shared, new.shared, {})]
-    for key in ("splits", "trial_seeds", "preset"):
+    for key in ("splits", "trial_seeds", "preset", "n"):
         found += differences({key: getattr(old, key)}, {key: getattr(new, key)}, {})
     for section in ("teachers", "students", "objectives"):
         before, after = getattr(old, section), getattr(new, section)

@@ -29,14 +29,25 @@ def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
     )
 
 
-def test_images(recipe: "Recipe") -> "ImageData":
-    """The test images of a run's data set."""
+def held_out_images(recipe: "Recipe", n: int | None = None) -> "ImageData":
+    """The test images of a run's data set, or the first n of them."""
     from crdnd.data import load_data
 
     test = load_data(recipe.data, recipe.split_seed).test
     if test is None:
         raise InputError(f"data {recipe.data}: has no test split.")
-    return test
+    return first(test, n, recipe.data)
+
+
+def first(data: "ImageData", n: int | None, name: str) -> "ImageData":
+    """The first n samples; all of them where n is None."""
+    import torch
+
+    if n is None:
+        return data
+    if n > len(data):
+        raise InputError(f"n: {n} samples were asked for, {name} has {len(data)}.")
+    return data.subset(torch.arange(n))
 
 
 def current_evaluation(folder: Path, fingerprint: str, sha256s: Sequence[str]) -> "Results | None":

@@ -19,7 +19,7 @@ from crdnd.cli._common import (
     given,
     print_json,
 )
-from crdnd.cli._runs import EVALUATION, current_evaluation, saved_in, test_images
+from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in
 from crdnd.errors import DivergenceError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def compare_command(
     preset: Annotated[
         str | None, typer.Option("--preset", help="Attacks: quick, rslad-table, standard, rand or full.")
     ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N test images.")] = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="The method that the others are compared with.")
     ] = None,
@@ -88,7 +89,7 @@ def compare_command(
     from crdnd.io import exclusive, make_folder, move_aside
 
     shared = given(data=data, threat__eps=eps, threat__norm=norm, epochs=epochs)
-    options = given(preset=preset, baseline=baseline, seeds=None if seeds is None else list(range(seeds)))
+    options = given(preset=preset, n=n, baseline=baseline, seeds=None if seeds is None else list(range(seeds)))
     spec = _spec(recipe, assignments or [], shared, options, objectives, students or [], teachers or [])
     grid = make_grid(spec, out)
     protocols = _protocols(spec, grid)
@@ -172,7 +173,7 @@ def _protocols(spec: "Spec", grid: "Grid") -> dict[int, "Protocol"]:
     plan = preset_of(spec.preset)
     runs = {cell.candidates[0].split_seed: cell.candidates[0] for cell in grid.cells}
     return {
-        split_seed: make_protocol(test_images(run), run.threat, plan.attacks, checks=plan.checks)
+        split_seed: make_protocol(held_out_images(run, spec.n), run.threat, plan.attacks, checks=plan.checks)
         for split_seed, run in runs.items()
     }
 
@@ -245,7 +246,7 @@ def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: 
         yield Job(name, train_run, (run, True), teachers_of([run]))
     for cell in cells:
         own = tuple(names[run.out] for trial in cell.judged for run in trial if run.out in names)
-        arguments = (cell, spec.preset, out / LOG)
+        arguments = (cell, spec.preset, spec.n, out / LOG)
         yield Job(cell.name, measure_cell, arguments, (*teachers_of(cell.candidates), *own), tuple(trials))
 
 
@@ -261,7 +262,7 @@ def train_run(report: Callable[[int, int], None], recipe: "Recipe", may_diverge:
         atomic_write_text(Path(recipe.out) / DIVERGED, f"{error}\n")
 
 
-def measure_cell(report: Callable[[int, int], None], cell: "Cell", preset: str, log: Path) -> None:
+def measure_cell(report: Callable[[int, int], None], cell: "Cell", preset: str, n: int | None, log: Path) -> None:
     """One cell, in a process of its own: train with the chosen settings, attack, write `evaluation.json`."""
     from crdnd.evaluation import Label, evaluate
     from crdnd.evaluation import preset as preset_of
@@ -276,7 +277,7 @@ def measure_cell(report: Callable[[int, int], None], cell: "Cell", preset: str, 
     plan = preset_of(preset)
     results = evaluate(
         run.model,
-        test_images(recipe),
+        held_out_images(recipe, n),
         threat=recipe.threat,
         attacks=plan.attacks,
         checks=plan.checks,

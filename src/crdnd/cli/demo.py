@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
-from crdnd.cli._runs import EVALUATION, current_evaluation, saved_in, test_images, uses_teacher
+from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in, uses_teacher
 from crdnd.config import Frozen, build
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def train_and_evaluate(
     from crdnd.io import atomic_write_text
     from crdnd.models import weights_sha256
 
-    test = test_images(recipe)
+    test = held_out_images(recipe)
     run = recipe.run(fresh=fresh, listener=lambda progress: report(progress.step, progress.steps))
     report(1, 1)
     other = "last" if recipe.select == "best" else "best"
@@ -149,7 +149,7 @@ def _write_report(results: "Results", recipes: Mapping[str, "Recipe"], out: Path
         histories={label: load_history(out / name) for name, label in labels.items()},
         gallery=examples(
             {label: load_model(out / name) for name, label in labels.items()},
-            test_images(first),
+            held_out_images(first),
             first.threat,
             GALLERY_ATTACK,
             count=GALLERY_SAMPLES,

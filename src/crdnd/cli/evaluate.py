@@ -21,6 +21,7 @@ from crdnd.cli._common import (
     print_json,
     settings_of,
 )
+from crdnd.cli._runs import first
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,13 +142,7 @@ def evaluate_command(
         raise InputError(f"engine: must be own or reference, got {engine!r}.")
     if engine == "reference":
         attack_plan = reference(attack_plan, settings.seed)
-    test = load_test(settings.data, settings.split_seed)
-    if n is not None:
-        if n > len(test):
-            raise InputError(f"n: {n} samples were asked for, {settings.data} has {len(test)}.")
-        import torch
-
-        test = test.subset(torch.arange(n))
+    test = first(load_test(settings.data, settings.split_seed), n, settings.data)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
