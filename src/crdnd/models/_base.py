@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crdnd import registry
 from crdnd.config import Frozen, build
+from crdnd.errors import InputError
 
 
 class Architecture(Frozen):
@@ -89,6 +90,10 @@ def create_model(
         "std": tuple(std or (1.0,) * channels),
     }
     architecture = build(Architecture, values, where=f"model {name}")
+    smallest: int = getattr(network_class, "smallest", 1)
+    if min(architecture.input_shape[1:]) < smallest:
+        height, width = architecture.input_shape[1:]
+        raise InputError(f"model {name}: takes images of {smallest}x{smallest} or more, got {height}x{width}.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = network_class(channels, num_classes, chosen)
