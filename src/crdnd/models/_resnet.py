@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from crdnd.config import Frozen
+from crdnd.models._published import Published
 
-RENAMED = ((r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))
+PUBLISHED = Published(renamed=((r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut.")))
 """torchvision's names, which some of the field's code has for the same network."""
 
 
@@ -74,7 +75,7 @@ class ResNet(nn.Module):
     block: ClassVar[type[BasicBlock | Bottleneck]]
     counts: ClassVar[tuple[int, ...]]
     """Blocks in each stage."""
-    renamed = RENAMED
+    published = PUBLISHED
 
     class Settings(Frozen):
         """The network's settings."""

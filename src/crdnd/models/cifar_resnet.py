@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from crdnd.config import Frozen
-from crdnd.models._resnet import RENAMED, BasicBlock, conv3x3
+from crdnd.models._resnet import PUBLISHED, BasicBlock, conv3x3
 
 
 class CifarResNet(nn.Module):
@@ -22,7 +22,7 @@ class CifarResNet(nn.Module):
     summary = (
         "thin ResNet-d for small images (He et al., section 4.2): 3 stages of (d - 2) / 6 basic blocks (w, 2w, 4w)"
     )
-    renamed = RENAMED
+    published = PUBLISHED
 
     class Settings(Frozen):
         """The network's settings."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from crdnd.config import Frozen
-from crdnd.models._resnet import RENAMED, projection
+from crdnd.models._resnet import PUBLISHED, projection
 
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """Expansion, channels, blocks and the stride of the first block."""
@@ -21,7 +21,7 @@ class MobileNetV2(nn.Module):
     """Images (B, C, H, W) -> logits (B, K). Three stages halve the image, rounding up."""
 
     summary = "MobileNetV2 for small images: 17 inverted residual blocks, with the projection shortcuts of the field"
-    renamed = RENAMED
+    published = PUBLISHED
 
     class Settings(Frozen):
         """The network's settings."""

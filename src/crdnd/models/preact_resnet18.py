@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from crdnd.config import Frozen
-from crdnd.models._resnet import RENAMED, conv3x3
+from crdnd.models._resnet import PUBLISHED, conv3x3
 
 
 class PreActResNet18(nn.Module):
     """Images (B, C, H, W) -> logits (B, K). Stages two to four halve the image, rounding up."""
 
     summary = "PreActResNet-18 for small images: 3x3 stem, 4 stages of 2 pre-activation blocks (w, 2w, 4w, 8w)"
-    renamed = RENAMED
+    published = PUBLISHED
 
     class Settings(Frozen):
         """The network's settings."""

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from crdnd.config import Frozen
+from crdnd.models._published import Published
 
 Activation = Literal["relu", "silu"]
 Padding = Literal["symmetric", "same"]
@@ -24,22 +25,26 @@ class WideResNet(nn.Module):
     """Images (B, C, H, W) -> logits (B, K). Stages two and three halve the image, rounding up."""
 
     summary = "wide ResNet WRN-d-w for small images: 3 stages of (d - 4) / 6 pre-activation blocks (16w, 32w, 64w)"
-    renamed = (
-        # Gowal et al. and Rebuffi et al., from where RobustBench and RSLAD have them.
-        (r"^init_conv\.", "conv1."),
-        (r"^layer\.0\.block\.", "block1.layer."),
-        (r"^layer\.1\.block\.", "block2.layer."),
-        (r"^layer\.2\.block\.", "block3.layer."),
-        (r"\.batchnorm_0\.", ".bn1."),
-        (r"\.conv_0\.", ".conv1."),
-        (r"\.batchnorm_1\.", ".bn2."),
-        (r"\.conv_1\.", ".conv2."),
-        (r"\.shortcut\.", ".convShortcut."),
-        (r"^batchnorm\.", "bn1."),
-        (r"^logits\.", "fc."),
+    published = Published(
+        # Gowal et al. and Rebuffi et al., and after them RobustBench and RSLAD's teacher for CIFAR-100.
+        renamed=(
+            (r"^init_conv\.", "conv1."),
+            (r"^layer\.0\.block\.", "block1.layer."),
+            (r"^layer\.1\.block\.", "block2.layer."),
+            (r"^layer\.2\.block\.", "block3.layer."),
+            (r"\.batchnorm_0\.", ".bn1."),
+            (r"\.conv_0\.", ".conv1."),
+            (r"\.batchnorm_1\.", ".bn2."),
+            (r"\.conv_1\.", ".conv2."),
+            (r"\.shortcut\.", ".convShortcut."),
+            (r"^batchnorm\.", "bn1."),
+            (r"^logits\.", "fc."),
+        ),
+        # TRADES' code makes this stage and never calls it; the weights of TRADES and RSLAD have it.
+        unused=("sub_block1.", "block1."),
+        sign="init_conv.weight",
+        variant={"activation": "silu", "padding": "same"},
     )
-    unused = "sub_block1."
-    """TRADES' code makes this stage and never calls it; the weights of TRADES and RSLAD have it."""
 
     class Settings(Frozen):
         """The network's settings."""
