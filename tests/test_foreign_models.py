@@ -194,7 +194,7 @@ def test_weights_belong_to_a_factory(workplace):
     save_model(workplace / "run", create_model("cnn", input_shape=SHAPE, num_classes=CLASSES), ModelCard())
     torch.save(net().state_dict(), "w.pt")
     for spec in ("run", "run/model.safetensors", "w.pt"):
-        refusal(r"weights: belong to an architecture or to a model given as package\.module:factory", spec, "w.pt")
+        refusal(r"weights: belong to a model given as package\.module:factory or by its architecture", spec, "w.pt")
     refusal(r"nowhere: is no architecture\. Available: .*, wrn$", "nowhere", "w.pt")
     refusal(r"resnt18: is no architecture; did you mean 'resnet18'\?", "resnt18", "w.pt")
 

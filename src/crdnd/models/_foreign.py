@@ -100,7 +100,7 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
         return _resolve_name(spec, weights)
     if weights is not None:
         raise InputError(
-            "weights: belong to an architecture or to a model given as package.module:factory; "
+            "weights: belong to a model given as package.module:factory or by its architecture; "
             f"{spec} is a file with weights of its own."
         )
     suffix = path.suffix.lower() if path.is_file() else ""
