@@ -460,4 +460,4 @@ def test_a_teacher_of_robustbench_is_loaded_by_that_package(robustbench):
 def test_a_missing_package_costs_one_line_that_installs_it(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     spec = f"{package}:net" + (",pretrained=true,num_classes=3" if package == "timm" else "")
-    refusal(rf'{package}:net: {package} cannot be imported \(.*\): pip install "crdnd\[{package}\]"\.', spec)
+    refusal(rf'{package}:net: {package} cannot be imported \(.*\): pip install "crdnd\[{package}\]"', spec)

@@ -10,6 +10,8 @@ from crdnd.config import Frozen, build
 from crdnd.errors import InputError, first_line
 
 TIMM, ROBUSTBENCH = "timm:", "robustbench:"
+# RobustBench 1.1.1 on PyPI imports the official AutoAttack, which it does not require and which PyPI does not have.
+INSTALL = {"timm": '"crdnd[timm]"', "robustbench": '"crdnd[robustbench]" git+https://github.com/fra31/auto-attack'}
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -70,9 +72,9 @@ def robustbench_model(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _imported(module: str, name: str) -> Any:
-    extra = module.partition(".")[0]
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch fails with the latter two
         why = first_line(error)
-        raise InputError(f'{name}: {extra} cannot be imported ({why}): pip install "crdnd[{extra}]".') from None
+        raise InputError(f"{name}: {package} cannot be imported ({why}): pip install {INSTALL[package]}") from None
