@@ -193,8 +193,10 @@ def test_other_weights_are_refused(workplace):
 def test_weights_belong_to_a_factory(workplace):
     save_model(workplace / "run", create_model("cnn", input_shape=SHAPE, num_classes=CLASSES), ModelCard())
     torch.save(net().state_dict(), "w.pt")
-    for spec in ("run", "run/model.safetensors", "w.pt", "nowhere"):
-        refusal(r"weights: belong to a model given as package\.module:factory", spec, "w.pt")
+    for spec in ("run", "run/model.safetensors", "w.pt"):
+        refusal(r"weights: belong to a model given as package\.module:factory or by its architecture", spec, "w.pt")
+    refusal(r"nowhere: is no architecture\. Available: .*, wrn$", "nowhere", "w.pt")
+    refusal(r"resnt18: is no architecture; did you mean 'resnet18'\?", "resnt18", "w.pt")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])

@@ -11,7 +11,7 @@ from crdnd.config import build
 from crdnd.data import Splits, load_data
 from crdnd.engine import Listener, Named, Run, TrainSettings, distill, train
 from crdnd.errors import InputError
-from crdnd.models import create_model, resolve_model
+from crdnd.models import TIMM, create_model, resolve_model
 
 SCHEMA = "crdnd.recipe/1"
 
@@ -22,7 +22,7 @@ class Recipe(TrainSettings):
     schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema")
     data: str = Field(default="digits", description="A named data set.")
     split_seed: int = Field(default=0, description="Which split of the data.")
-    model: Named = Field(description="An architecture with its settings, or package.module:factory.")
+    model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
     teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
     second_teacher: str | None = Field(
         default=None, description="Likewise; the naturally trained one of the methods that look at two."
@@ -46,17 +46,20 @@ class Recipe(TrainSettings):
 
     def build_model(self, splits: Splits) -> Any:
         """The untrained network, made for the images and classes of this data."""
-        if ":" in self.model.name:
+        if ":" in self.model.name and not self.model.name.startswith(TIMM):
             return resolve_model(self.model.name)
         images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)
         channels, height, width = splits.train.shape
+        of_data: dict[str, Any] = {}
+        if not self.model.name.startswith(TIMM):  # whose models know the normalisation that their weights want
+            of_data["mean"] = [round(value, 4) for value in images.mean((0, 2, 3)).tolist()]
+            of_data["std"] = [round(value, 4) for value in images.std((0, 2, 3)).tolist()]
         return create_model(
             self.model.name,
             input_shape=(channels, height, width),
             num_classes=splits.train.num_classes,
-            mean=[round(value, 4) for value in images.mean((0, 2, 3)).tolist()],
-            std=[round(value, 4) for value in images.std((0, 2, 3)).tolist()],
             seed=self.seed_for("init"),
+            **of_data,
             **self.model.settings,
         )
 

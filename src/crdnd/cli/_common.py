@@ -20,7 +20,8 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[str | None, typer.Option("--data", help="Data set; see `crdnd list datasets`.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Architecture of `crdnd list models`, or package.module:factory.")
+    str | None,
+    typer.Option("--model", help="Architecture of `crdnd list models`, timm:NAME, or package.module:factory."),
 ]
 ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="Method; see `crdnd list objectives`.")]
 EpsOption = Annotated[str | None, typer.Option("--eps", help="Radius of the attack in units of [0, 1]: 0.1, or 8/255.")]

@@ -236,7 +236,7 @@ def _reserved(spec: Spec, where: str) -> dict[str, str]:
 def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     """A teacher that exists is there, and has not seen the test images of its students."""
     path = Path(source)
-    if not path.exists() and ":" not in source:
+    if not path.exists() and ":" not in source and "," not in source:
         raise InputError(f"teachers.{name}: {source}: there is no such model.")
     if not has_card(path):
         return

@@ -152,13 +152,10 @@ def _spec(
 
 def _student(text: str) -> tuple[str, dict[str, Any]]:
     """`cnn,width=8` as a name and layers of a recipe."""
-    from crdnd.recipe import merge, parse_assignment
+    from crdnd.models import parse_spec
 
-    name, *settings = [part.strip() for part in text.split(",")]
-    if not name or not all("=" in part for part in settings):
-        raise InputError(f"--student {text}: write it as cnn, or with settings as cnn,width=8.")
-    layers = merge({"model": {"name": name}}, *(parse_assignment(f"model.{part}") for part in settings))
-    return ",".join([name.replace(":", "."), *settings]), layers
+    name, settings = parse_spec(text, "--student")
+    return "".join(text.split()).replace(":", "."), {"model": {"name": name, **settings}}
 
 
 def _teacher_name(text: str) -> str:

@@ -33,12 +33,16 @@ WORK = Path("runs/evaluations")
 def evaluate_command(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Model folder, .safetensors, .pt2, .onnx or package.module:factory."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Model folder, .safetensors, .pt2, .onnx, package.module:factory, robustbench:NAME, or architecture.",
+        ),
     ] = None,
     recipe: RecipeOption = None,
     assignments: SetOption = None,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="For a factory: its weights, .safetensors or a weights-only .pt.")
+        Path | None,
+        typer.Option("--weights", help="For an architecture or a factory: .safetensors or a weights-only .pt."),
     ] = None,
     data: Annotated[
         str | None,
@@ -90,6 +94,8 @@ def evaluate_command(
 
         crdnd evaluate mypackage.nets:small --weights small.safetensors --data images.npz --eps 8/255 --preset standard
 
+        crdnd evaluate wrn,depth=34,width=10 --weights model_cifar_wrn.pt --data cifar10 --eps 8/255
+
         accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
     from crdnd.config import Frozen, build
@@ -120,7 +126,8 @@ def evaluate_command(
     values["attacks"] = _attack_settings(values.get("attacks"), named)
     if "model" not in values:
         raise InputError(
-            "MODEL: name the model to evaluate: a model folder, .safetensors, .pt2, .onnx or package.module:factory."
+            "MODEL: name the model to evaluate: a model folder, .safetensors, .pt2, .onnx, package.module:factory, "
+            "robustbench:NAME, or an architecture with --weights."
         )
     spec = str(values["model"])
     network = resolve_model(spec, weights)

@@ -3,6 +3,7 @@
 from crdnd import registry
 from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
 from crdnd.models._exported import ExportedModel
+from crdnd.models._extras import TIMM
 from crdnd.models._folder import (
     ModelCard,
     is_model_folder,
@@ -15,8 +16,10 @@ from crdnd.models._folder import (
     weights_sha256,
 )
 from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
+from crdnd.models._spec import parse_spec
 
 __all__ = [
+    "TIMM",
     "Architecture",
     "ExportedModel",
     "ModelCard",
@@ -32,6 +35,7 @@ __all__ = [
     "load_weights",
     "model_names",
     "parameter_count",
+    "parse_spec",
     "parse_tensors",
     "read_card",
     "resolve_model",

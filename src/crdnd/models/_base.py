@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from crdnd import registry
 from crdnd.config import Frozen, build
+from crdnd.errors import InputError
+from crdnd.models._extras import TIMM, timm_network
 
 
 class Architecture(Frozen):
@@ -69,30 +71,44 @@ def create_model(
     """Build a model of a known architecture; the same seed gives the same weights.
 
     Args:
-        name: a key of `model_names()`.
+        name: a key of `model_names()`, or `timm:` and a model of timm.
         input_shape: (C, H, W) of the images.
         num_classes: K.
-        mean: normalisation per channel, 0 by default.
-        std: normalisation per channel, 1 by default.
+        mean: normalisation per channel; by default 0, or what timm has for the model.
+        std: normalisation per channel; by default 1, or what timm has for the model.
         seed: of the initial weights. The global random state is left as it was.
         settings: the architecture's own, such as `width=8`.
     """
-    network_class = registry.load("models", name, "MODEL")
-    chosen = build(network_class.Settings, settings, where=f"model {name}")
     channels = input_shape[0]
-    values = {
-        "name": name,
-        "settings": chosen.model_dump(),
-        "num_classes": num_classes,
-        "input_shape": input_shape,
-        "mean": tuple(mean or (0.0,) * channels),
-        "std": tuple(std or (1.0,) * channels),
-    }
-    architecture = build(Architecture, values, where=f"model {name}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    values: dict[str, Any] = {"name": name, "num_classes": num_classes, "input_shape": input_shape}
+    values |= {"mean": tuple(mean or (0.0,) * channels), "std": tuple(std or (1.0,) * channels)}
+    where = f"model {name}"
+    if name.startswith(TIMM):
+        build(Architecture, values, where)  # says what is wrong before timm builds or downloads anything
+        with _seeded(seed):
+            network, cfg = timm_network(name, input_shape, num_classes, settings)
+        # Weights that timm downloads are there once; a saved model has its own.
+        values |= {"settings": {key: value for key, value in settings.items() if key != "pretrained"}}
+        values |= {"mean": tuple(mean or cfg[0]), "std": tuple(std or cfg[1])}
+        return Normalized(network, build(Architecture, values, where))
+    network_class = registry.load("models", name, "MODEL")
+    chosen = build(network_class.Settings, settings, where)
+    architecture = build(Architecture, values | {"settings": chosen.model_dump()}, where)
+    smallest: int = getattr(network_class, "smallest", 1)
+    if min(architecture.input_shape[1:]) < smallest:
+        height, width = architecture.input_shape[1:]
+        raise InputError(f"model {name}: takes images of {smallest}x{smallest} or more, got {height}x{width}.")
+    with _seeded(seed):
         network = network_class(channels, num_classes, chosen)
     return Normalized(network, architecture)
+
+
+@contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """Run the body with torch's generator at this seed, and leave the global one as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -154,16 +154,21 @@ def parse_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str, way_out: str) -> None:
     """Put tensors into a model; names and shapes must agree exactly, or an InputError names the source and way out."""
     own = state(model)
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unexpected:
-        detail = f"{len(missing)} missing, such as {missing[0]}" if missing else f"unexpected {unexpected[0]}"
-        raise InputError(f"{source}: belongs to another architecture ({detail}); {way_out}.")
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
-            raise InputError(
-                f"{source}: belongs to another architecture "
-                f"({key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}); {way_out}."
-            )
+    missing = [key for key in own if key not in tensors]
+    unexpected = [key for key in tensors if key not in own]
+    other = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    found: list[str] = []
+    if missing:
+        found.append(f"{len(missing)} missing, such as {missing[0]}")
+    if unexpected:
+        found.append(
+            f"unexpected {unexpected[0]}" + (f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else "")
+        )
+    if other:
+        shapes = [tuple(tensors[other[0]].shape), tuple(own[other[0]].shape)]
+        found.append(f"{other[0]} has shape {shapes[0]}, the model needs {shapes[1]}")
+    if found:
+        raise InputError(f"{source}: belongs to another architecture ({'; '.join(found)}); {way_out}.")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(tensors[key])

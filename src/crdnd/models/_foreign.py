@@ -10,13 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crdnd.errors import InputError, first_line
+from crdnd import registry
+from crdnd.errors import InputError, did_you_mean, first_line
 from crdnd.io import read_bytes, sha256
+from crdnd.models._base import Normalized
 from crdnd.models._exported import check_image_shape, in_parts, read_exported
-from crdnd.models._folder import load_model, load_tensors, parse_tensors
+from crdnd.models._extras import ROBUSTBENCH, robustbench_model
+from crdnd.models._folder import load_model, load_tensors, parse_tensors, state
+from crdnd.models._named import fit, is_architecture, named_model
+from crdnd.models._published import unwrapped
+from crdnd.models._spec import parse_spec
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-NESTED = ("state_dict", "model", "model_state_dict", "net")
+NESTED = ("state_dict", "model", "model_state_dict", "net", "student", "last")
+"""Where checkpoints keep the state dict; `student` is RSLAD's, `last` that of two entries of RobustBench."""
 WAY_OUT = "use the weights of this very architecture"
 CONVERT = "where you trust its source, convert it: safetensors.torch.save_file(model.state_dict(), 'x.safetensors')"
 
@@ -76,30 +83,31 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     """What MODEL means on the command line; paths never run code.
 
     Args:
-        spec: a model folder or its `.safetensors` file, an exported program (`.pt2`), an ONNX file (`.onnx`), or
+        spec: one of these, the first that fits:
+            a model folder or its `.safetensors` file, an exported program (`.pt2`) or an ONNX file (`.onnx`);
+            `robustbench:NAME`, a model of RobustBench, which downloads it;
+            an architecture with its settings, such as `wrn,depth=34,width=10` or `timm:NAME`, for weights of others;
             `package.module:factory`, which is the user's own code and is called without arguments.
-        weights: for a factory, the file with the weights: `.safetensors`, or a `.pt`, `.pth`, `.bin` or `.ckpt` with a
-            state dict, or a folder that this package wrote.
+        weights: for an architecture or a factory, the file with the weights: `.safetensors`, or a `.pt`, `.pth`, `.bin`
+            or `.ckpt` with a state dict; for a factory also a folder that this package wrote. `wrn,weights=FILE` says
+            the same.
 
     Raises:
         InputError: there is no such model, a file is damaged, contains code or belongs to another architecture.
     """
     path = Path(spec)
-    by_factory = ":" in spec and not path.exists()
-    if weights is not None and not by_factory:
-        raise InputError(
-            f"weights: belong to a model given as package.module:factory; {spec} is a file with weights of its own."
-        )
-    if by_factory:
-        model = _call_factory(spec)
-        return model if weights is None else load_weights(model, weights)
     if not path.exists():
-        raise InputError(f"{spec}: there is no such model.")
+        return _resolve_name(spec, weights)
+    if weights is not None:
+        raise InputError(
+            "weights: belong to a model given as package.module:factory or by its architecture; "
+            f"{spec} is a file with weights of its own."
+        )
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix in PICKLED:
         raise InputError(
-            f"{spec}: is a file of weights without an architecture; "
-            f"give the model as package.module:factory and this file as --weights {spec}."
+            f"{spec}: is a file of weights without an architecture; give the model by its architecture, such as "
+            f"wrn,depth=34,width=10, or as package.module:factory and this file as --weights {spec}."
         )
     if suffix == ".pt2":
         return read_exported(path)
@@ -108,27 +116,60 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     return load_model(spec)
 
 
+def _resolve_name(spec: str, weights: str | Path | None) -> nn.Module:
+    """A model that is no file: `robustbench:NAME`, an architecture, or a factory."""
+    name, settings = parse_spec(spec)
+    if "weights" in settings:
+        if weights is not None:
+            raise InputError(f"weights: {spec} names them already; leave --weights away.")
+        weights = str(settings.pop("weights"))
+    if name.startswith(ROBUSTBENCH):
+        if weights is not None:
+            raise InputError(f"weights: {name} has weights of its own.")
+        return robustbench_model(name, settings)
+    if is_architecture(name):
+        return named_model(name, settings, None if weights is None else (_read(Path(weights)), str(weights)))
+    if ":" in name:
+        if settings:
+            raise InputError(f"{spec}: a factory is called without settings; only weights can be given.")
+        model = _call_factory(name)
+        return model if weights is None else load_weights(model, weights)
+    if settings or weights is not None:
+        raise InputError(f"{name}: is no architecture{did_you_mean(name, registry.names('models'))}")
+    raise InputError(f"{spec}: there is no such model.")
+
+
 def load_weights(model: nn.Module, weights: str | Path) -> nn.Module:
-    """Put the weights of a file into a model, and return it in eval mode; names and shapes must agree exactly.
+    """Put the weights of a file into a model, and return it in eval mode.
+
+    Names and shapes must agree exactly; for an architecture of this package so must those that its weights have where
+    others publish them. A normalisation in the file becomes the model's.
 
     Args:
         model: of the architecture that the weights belong to.
         weights: as for `resolve_model`.
     """
     file = Path(weights)
-    if not file.exists():
-        raise InputError(f"{file}: there is no such weights file.")
     if file.is_dir():
         return load_model(file, model=model)
+    tensors = _read(file)
+    if isinstance(model, Normalized):
+        fit(model, tensors, str(file), WAY_OUT)
+    else:
+        load_tensors(model, unwrapped(tensors, state(model)), str(file), WAY_OUT)
+    return model.eval()
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file."""
+    if not file.exists():
+        raise InputError(f"{file}: there is no such weights file.")
     suffix = file.suffix.lower()
     if suffix == ".safetensors":
-        tensors = parse_tensors(read_bytes(file), file)
-    elif suffix in PICKLED:
-        tensors = _state_dict(_load_pickled(file), file)
-    else:
-        raise InputError(f"{file}: weights are read from .safetensors, {', '.join(PICKLED)} or a model folder.")
-    load_tensors(model, _without_prefix(tensors), str(file), WAY_OUT)
-    return model.eval()
+        return parse_tensors(read_bytes(file), file)
+    if suffix in PICKLED:
+        return _state_dict(_load_pickled(file), file)
+    raise InputError(f"{file}: weights are read from .safetensors, {', '.join(PICKLED)} or a model folder.")
 
 
 def _call_factory(spec: str) -> nn.Module:
@@ -179,13 +220,6 @@ def _is_state_dict(content: Any) -> bool:
     return isinstance(content, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in cast("dict[Any, Any]", content).items()
     )
-
-
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the 'module.' that DataParallel puts before all of them."""
-    if not tensors or not all(key.startswith("module.") for key in tensors):
-        return tensors
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def _onnxruntime() -> Any:
