@@ -48,14 +48,14 @@ class Recipe(TrainSettings):
         """The untrained network, made for the images and classes of this data."""
         if ":" in self.model.name:
             return resolve_model(self.model.name)
-        images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)
+        mean, std = splits.train.statistics()
         channels, height, width = splits.train.shape
         return create_model(
             self.model.name,
             input_shape=(channels, height, width),
             num_classes=splits.train.num_classes,
-            mean=[round(value, 4) for value in images.mean((0, 2, 3)).tolist()],
-            std=[round(value, 4) for value in images.std((0, 2, 3)).tolist()],
+            mean=[round(value, 4) for value in mean.tolist()],
+            std=[round(value, 4) for value in std.tolist()],
             seed=self.seed_for("init"),
             **self.model.settings,
         )

@@ -88,10 +88,29 @@ class ImageData:
         """(C, H, W)."""
         return tuple(self.x.shape[1:])
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+        return self.y.device
+
     def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,)."""
         x = self.x[ids]
         return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[ids]
+
+    def expect(self, ids: Tensor) -> None:
+        """These samples are the next batch; nothing has to be done about it where the images are in memory."""
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel over all images, float64 (C,), (C,)."""
+        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for ids in torch.arange(len(self)).split(100):
+            x = self.batch(ids)[0].double().cpu()
+            count += x[:, 0].numel()
+            total = total + x.sum((0, 2, 3))
+            squares = squares + x.square().sum((0, 2, 3))
+        mean = total / count
+        return mean, ((squares - count * mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
 
     def subset(self, ids: Tensor) -> "ImageData":
         """The samples of `ids`, in their order."""
@@ -99,7 +118,7 @@ class ImageData:
 
     def to(self, device: torch.device) -> "ImageData":
         """The same data on a device."""
-        if self.x.device == device:
+        if self.device == device:
             return self
         return ImageData(self.x.to(device), self.y.to(device), self.num_classes, self.class_names, self.name)
 

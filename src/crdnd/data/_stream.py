@@ -1,0 +1,168 @@
+"""Images in files, decoded when they are asked for: data that would not fit into memory.
+
+Threads decode. Pillow lets go of the interpreter's lock while it does, so processes would add only copies.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crdnd.data._base import ImageData
+from crdnd.errors import InputError, RunError
+from crdnd.io import read_bytes
+from crdnd.random import permutation
+
+Bytes = NDArray[np.uint8]
+Decoder = Callable[[Path], Bytes]
+"""A file to its image, uint8 (H, W, 1 or 3), or an InputError that names it."""
+
+IMAGES_A_TASK = 16
+MOST_WORKERS = 16
+FINGERPRINTED = 1000
+MEASURED = 10_000
+
+
+class StreamedData(ImageData):
+    """Images of one size in files; like `ImageData`, except that `x` has no pixels, only their shape and type.
+
+    A batch is decoded by threads when it is asked for, or ahead of that where `expect` announced it. At most two
+    batches are in memory. What a batch holds depends on its ids alone.
+
+    Args:
+        root: the folder that the files lie in, or below.
+        files: where each image lies below `root`.
+        y: labels (N,), as for `ImageData`.
+        shape: (C, H, W) of every image; grey files fill all C channels.
+        decode: reads a file.
+        class_names: the classes.
+        name: what results call this data.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        y: Tensor,
+        shape: tuple[int, ...],
+        decode: Decoder,
+        class_names: tuple[str, ...],
+        name: str,
+    ) -> None:
+        self.root, self.files, self.decode = root, files, decode
+        self._next: tuple[list[int], _Decoding] | None = None
+        without_pixels = torch.empty((len(files), *shape), dtype=torch.uint8, device="meta")
+        super().__init__(without_pixels, y, len(class_names), class_names, name)
+
+    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,).
+
+        Raises:
+            RunError: a file cannot be read any more, or has become another image.
+        """
+        rows = ids.tolist()
+        expected, decoding = self._next or ([], None)
+        if decoding is None or expected != rows:
+            decoding = self._decoding(rows)
+        else:
+            self._next = None
+        try:
+            images = decoding.images()
+        except InputError as error:
+            raise RunError(f"{str(error).rstrip('.')}; put the file back, then the same command goes on.") from None
+        return images.to(self.device).float() / 255, self.y[ids]
+
+    def expect(self, ids: Tensor) -> None:
+        """Begin to decode these samples, which are the next batch."""
+        rows = ids.tolist()
+        self._next = rows, self._decoding(rows)
+
+    def in_memory(self) -> ImageData:
+        """The same data with all images decoded, or an InputError that names the first file that cannot be."""
+        images = self._decoding(list(range(len(self)))).images()
+        return ImageData(images, self.y, self.num_classes, self.class_names, self.name)
+
+    def _decoding(self, rows: list[int]) -> "_Decoding":
+        return _Decoding([self.root / self.files[row] for row in rows], self.shape, self.decode)
+
+    def subset(self, ids: Tensor) -> "StreamedData":
+        """The samples of `ids`, in their order."""
+        return self._with([self.files[row] for row in ids.tolist()], self.y[ids])
+
+    def to(self, device: torch.device) -> "StreamedData":
+        """The same data with batches on a device."""
+        return self if self.device == device else self._with(self.files, self.y.to(device))
+
+    def _with(self, files: list[str], y: Tensor) -> "StreamedData":
+        return StreamedData(self.root, files, y, self.shape, self.decode, self.class_names, self.name)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel, float64 (C,), (C,), over 10,000 of the images if there are
+        more; which ones depends on their number alone.
+        """  # noqa: D205
+        if len(self) > MEASURED:
+            return self.subset(permutation(len(self), "statistics")[:MEASURED]).statistics()
+        return super().statistics()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the files' names and lengths, the labels, their order, and what is in 1,000 of the files.
+
+        It does not see that another file has changed, if that kept its name and length.
+        """
+        digest = hashlib.sha256(f"{tuple(self.x.shape)} {self.num_classes}".encode())
+        for file in self.files:
+            digest.update(f"{file} {_length(self.root / file)}\n".encode("utf-8", "surrogateescape"))
+        digest.update(self.y.cpu().numpy().tobytes())
+        for row in permutation(len(self), "fingerprint")[:FINGERPRINTED].tolist():
+            digest.update(hashlib.sha256(read_bytes(self.root / self.files[row])).digest())
+        return digest.hexdigest()
+
+
+class _Decoding:
+    """A batch on its way: threads fill their parts of it."""
+
+    def __init__(self, files: list[Path], shape: tuple[int, ...], decode: Decoder) -> None:
+        self._images = np.empty((len(files), *shape), dtype=np.uint8)
+        self._parts: list[Future[None]] = []
+        for first in range(0, len(files), IMAGES_A_TASK):
+            part = slice(first, first + IMAGES_A_TASK)
+            self._parts.append(_workers().submit(_decode_into, self._images[part], files[part], decode))
+
+    def images(self) -> Tensor:
+        """uint8 (B, C, H, W), once all of it is there."""
+        for part in self._parts:
+            part.result()
+        return torch.from_numpy(self._images)
+
+
+def _decode_into(images: Bytes, files: list[Path], decode: Decoder) -> None:
+    for place, file in zip(images, files, strict=True):
+        image = decode(file)
+        if image.shape[:2] != place.shape[1:] or image.shape[2] > len(place):
+            raise InputError(f"{file}: has another size or colours than it had at first.")
+        place[:] = image.transpose(2, 0, 1)  # one grey plane fills all three
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_WORKERS, _cores()), thread_name_prefix="decode")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _length(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
