@@ -87,8 +87,7 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
         raise InputError(f"{path}: there is no such file or folder.")
     if path.is_dir():
         return _read_folder(path, image_size)
-    if image_size is not None:
-        raise InputError(f"image_size: is for folders of images, and {path} is a file; leave it away.")
+    _refuse_image_size(image_size, path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return _read_npz(path)
@@ -101,6 +100,7 @@ def _read_folder(folder: Path, image_size: int | None) -> ImageData:
     for layout in (CIFAR10, CIFAR100):
         for place in (folder, folder / layout.folder):
             if (place / layout.test).is_file():
+                _refuse_image_size(image_size, folder)
                 return _read_cifar(place / layout.test, layout, _name(folder))
     for pickled in ("cifar-10-batches-py", "cifar-100-python"):
         if folder.name == pickled or (folder / pickled).is_dir():
@@ -108,6 +108,11 @@ def _read_folder(folder: Path, image_size: int | None) -> ImageData:
                 f"{folder}: holds CIFAR's Python version, which is pickled and never loaded; get the binary version."
             )
     return _read_image_folder(folder, image_size)
+
+
+def _refuse_image_size(image_size: int | None, path: Path) -> None:
+    if image_size is not None:
+        raise InputError(f"image_size: is for folders of images, and {path} is none; leave it away.")
 
 
 def _name(path: Path) -> str:
