@@ -278,13 +278,15 @@ def test_a_run_ends_in_the_same_bits_in_memory_and_streamed(streamed, weights, t
 def test_a_run_announces_the_next_batch_of_an_epoch_and_nothing_else(in_memory, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ImageData, "expect", lambda self, ids: calls.append(("expect", ids.tolist())))
-    batch = ImageData.batch
-    monkeypatch.setattr(ImageData, "batch", lambda self, ids: calls.append(("batch", ids.tolist())) or batch(self, ids))
+    pixels = ImageData.pixels
+    monkeypatch.setattr(
+        ImageData, "pixels", lambda self, ids: calls.append(("take", ids.tolist())) or pixels(self, ids)
+    )
     go(in_memory, tmp_path)
     announced = [index for index, (what, _) in enumerate(calls) if what == "expect"]
     assert len(announced) == 3 * 2, "three epochs of three steps"
     for index in announced:
-        assert calls[index + 1] == ("batch", calls[index][1])
+        assert calls[index + 1] == ("take", calls[index][1])
 
 
 def test_a_run_on_streamed_data_that_was_broken_off_goes_on_to_the_same_bits(folder, weights, tmp_path):

@@ -95,8 +95,11 @@ class ImageData:
 
     def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,)."""
-        x = self.x[ids]
-        return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[ids]
+        return in_unit_range(self.pixels(ids)), self.y[ids]
+
+    def pixels(self, ids: Tensor) -> Tensor:
+        """Images (B, C, H, W) of these samples as they are stored: floating point in [0, 1], or uint8."""
+        return self.x.index_select(0, ids.to(self.device))
 
     def expect(self, ids: Tensor) -> None:
         """These samples are the next batch; nothing has to be done about it where the images are in memory."""
@@ -129,6 +132,11 @@ class ImageData:
         digest.update(self.x.contiguous().cpu().numpy().tobytes())
         digest.update(self.y.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def in_unit_range(x: Tensor) -> Tensor:
+    """Images in [0, 1]: float32 for uint8, all others as they are."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class StreamedData(ImageData):
         without_pixels = torch.empty((len(files), *shape), dtype=torch.uint8, device="meta")
         super().__init__(without_pixels, y, len(class_names), class_names, name)
 
-    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,).
+    def pixels(self, ids: Tensor) -> Tensor:
+        """Images (B, C, H, W) of these samples, uint8.
 
         Raises:
             RunError: a file cannot be read any more, or has become another image.
@@ -74,10 +74,9 @@ class StreamedData(ImageData):
         else:
             self._next = None
         try:
-            images = decoding.images()
+            return decoding.images().to(self.device)
         except InputError as error:
             raise RunError(f"{str(error).rstrip('.')}; put the file back, then the same command goes on.") from None
-        return images.to(self.device).float() / 255, self.y[ids]
 
     def expect(self, ids: Tensor) -> None:
         """Begin to decode these samples, which are the next batch."""

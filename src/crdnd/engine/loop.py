@@ -164,13 +164,14 @@ class Trainer:
         progress = self.step / self.total_steps
         ids = self._ids(epoch, index)
         try:
-            x, y = self.train_data.batch(ids)
+            x = self.train_data.pixels(ids)
         except RunError:  # a file of streamed data; nothing of this step has happened yet
             self._save()
             raise
         if index + 1 < self.steps_per_epoch:
             self.train_data.expect(self._ids(epoch, index + 1))
         ids = ids.to(self.accelerator.device)
+        y = self.train_data.y[ids]
         kind = self.settings.augmentation_at(epoch / self.settings.epochs)
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         x, target = augment(x, y, self.objective.num_classes, kind, draws)
