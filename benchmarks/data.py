@@ -4,22 +4,27 @@ The data are random 32x32 colour images in memory, uint8, on the device; the tra
 mirrored every other time).
 
 1. Batches of crdnd: an order for the epoch, a batch from the tensor, augmentation in one go.
-2. `torch.utils.data.DataLoader` with worker processes and a random sampler, where every sample is padded, cropped,
-   mirrored and made a float on its own, as torchvision's transforms do it; batches are moved to the device.
+2. `torch.utils.data.DataLoader` with worker processes and a random sampler; every sample is padded, cropped, mirrored
+   and made a float on its own, and batches are moved to the device. Two forms: `pictures` takes the steps that
+   torchvision's CIFAR-10 with RandomCrop, RandomHorizontalFlip and ToTensor takes, on Pillow's images; `tensors` does
+   as little as a sample on its own needs, in torch alone.
 3. One step of adversarial training (PGD-10) of the CIFAR ResNet-18, with the batch size of `--step-batch-size`, and
    loading and augmenting of that many images.
 
-`ratio` is the loader's time over ours; at least 5 is wanted. The share of a training step should be below 2%. Printing
-is described in _pairs.py.
+`ratio` is the time of the loader of pictures over ours; at least 5 is wanted. The share of a training step should be
+below 2%. Printing is described in _pairs.py.
 """
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from _pairs import Job, finish, interleaved, machine, parser, ratio
+from _pairs import Job, finish, interleaved, machine, parser, ratio, table
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
@@ -35,23 +40,42 @@ SHAPE, CLASSES, PADDING = (3, 32, 32), 10, 4
 THREAT = ThreatModel(norm="linf", eps=8 / 255)
 
 
+def on_a_picture(pixels: Tensor) -> Tensor:
+    """One image, as torchvision's transforms handle it; uint8 (C, H, W) -> float (C, H, W)."""
+    picture = ImageOps.expand(Image.fromarray(pixels.permute(1, 2, 0).numpy()), border=PADDING, fill=0)
+    top, left = _corner()
+    picture = picture.crop((left, top, left + SHAPE[2], top + SHAPE[1]))
+    if torch.rand(1) < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def on_a_tensor(pixels: Tensor) -> Tensor:
+    """The same in torch alone."""
+    padded = F.pad(pixels, (PADDING,) * 4)
+    top, left = _corner()
+    image = padded[:, top : top + SHAPE[1], left : left + SHAPE[2]]
+    if torch.rand(1) < 0.5:
+        image = image.flip(2)
+    return image.float().div(255)
+
+
+def _corner() -> tuple[int, int]:
+    return int(torch.randint(0, 2 * PADDING + 1, (1,))), int(torch.randint(0, 2 * PADDING + 1, (1,)))
+
+
 class PerSample(Dataset[tuple[Tensor, int]]):
     """What a worker does: one image at a time."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        self.x, self.y, self.transform = x, y.tolist(), transform
 
     def __len__(self) -> int:
         """How many images."""
         return len(self.x)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        padded = F.pad(self.x[index], (PADDING,) * 4)
-        down, right = (int(torch.randint(0, 2 * PADDING + 1, (1,))) for _ in range(2))
-        image = padded[:, down : down + SHAPE[1], right : right + SHAPE[2]]
-        if torch.rand(()) < 0.5:
-            image = image.flip(2)
-        return image.float() / 255, int(self.y[index])
+        return self.transform(self.x[index]), self.y[index]
 
 
 def ours(data: ImageData, batch_size: int, batches: int) -> None:
@@ -66,6 +90,18 @@ def theirs(loader: DataLoader[tuple[Tensor, Tensor]], device: torch.device) -> N
     """As many batches from worker processes."""
     for x, y in loader:
         x.to(device), y.to(device)
+
+
+def _loader(per_sample: PerSample, options: argparse.Namespace) -> DataLoader[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        per_sample,
+        options.batch_size,
+        sampler=RandomSampler(per_sample, num_samples=options.batches * options.batch_size),
+        num_workers=options.workers,
+        persistent_workers=True,
+        pin_memory=options.device != "cpu",
+    )
+    return cast("DataLoader[tuple[Tensor, Tensor]]", loader)
 
 
 def training_step(data: ImageData, batch_size: int) -> Job:
@@ -97,19 +133,10 @@ def main() -> None:
     draws = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (options.images, *SHAPE), dtype=torch.uint8, generator=draws)
     y = torch.randint(0, CLASSES, (options.images,), generator=draws)
-    data, per_sample = ImageData(x, y, CLASSES).to(device), PerSample(x, y)
-    sampler = RandomSampler(per_sample, num_samples=options.batches * options.batch_size)
-    loader = cast(
-        "DataLoader[tuple[Tensor, Tensor]]",
-        DataLoader(
-            per_sample, options.batch_size, sampler=sampler, num_workers=options.workers, persistent_workers=True,
-            pin_memory=device.type == "cuda",
-        ),
-    )  # fmt: skip
-    jobs: dict[str, Job] = {
-        "crdnd": functools.partial(ours, data, options.batch_size, options.batches),
-        "loader": functools.partial(theirs, loader, device),
-    }
+    data = ImageData(x, y, CLASSES).to(device)
+    jobs: dict[str, Job] = {"crdnd": functools.partial(ours, data, options.batch_size, options.batches)}
+    for name, transform in (("pictures", on_a_picture), ("tensors", on_a_tensor)):
+        jobs[name] = functools.partial(theirs, _loader(PerSample(x, y, transform), options), device)
     timings = interleaved(jobs, repeats=options.repeats, warm_up=options.warm_up, device=device)
     a_step = interleaved(
         {
@@ -122,24 +149,26 @@ def main() -> None:
     )
     share = a_step["loading"].median / options.batches / a_step["step"].median
     milliseconds = {name: 1000 * timing.median / options.batches for name, timing in timings.items()}
-    value = ratio(timings["loader"], timings["crdnd"])
+    over = {name: ratio(timings[name], timings["crdnd"]) for name in timings}
     document: dict[str, Any] = {
         "benchmark": "data",
         "machine": machine(device),
         "settings": {key: v for key, v in vars(options).items() if key not in ("json", "device", "threads")},
         "timings": timings | a_step,
         "milliseconds_a_batch": milliseconds,
+        "over_crdnd": over,
         "share_of_a_step": share,
         "targets": {"ratio": 5, "share_of_a_step": 0.02},
     }
+    rows: list[tuple[object, ...]] = [("", "a batch", "over crdnd")]
+    rows += [(name, f"{milliseconds[name]:.2f} ms", f"{over[name]:.2f}") for name in timings]
     lines = [
-        f"Batches of {options.batch_size} images of 32x32, crop_flip:",
-        f"  crdnd, on the device: {milliseconds['crdnd']:.2f} ms",
-        f"  DataLoader, {options.workers} workers: {milliseconds['loader']:.2f} ms (5 times ours or more is wanted)",
+        f"Batches of {options.batch_size} images of 32x32, crop_flip; the loaders have {options.workers} workers",
+        *table(rows),
         f"A step of ResNet-18 with PGD-10 on {options.step_batch_size} images: {a_step['step']}",
-        f"  loading and augmenting as many images: {100 * share:.3f}% of that (below 2% is wanted)",
+        f"Loading and augmenting as many images: {100 * share:.3f}% of that (below 2% is wanted)",
     ]
-    finish(document, lines, value, as_json=options.json)
+    finish(document, lines, over["pictures"], as_json=options.json)
 
 
 def arguments() -> argparse.Namespace:
