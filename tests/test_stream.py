@@ -1,6 +1,7 @@
 """Folders that are decoded as they are used are the same data as folders in memory."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,9 +114,17 @@ def test_a_grey_file_among_colours_fills_all_channels(tmp_path):
     assert stream(make_folder(tmp_path / "grey", (H, W))).shape == (1, H, W)
 
 
-def test_every_image_of_an_epoch_is_decoded_once_and_no_more_than_the_next_batch_ahead(streamed, monkeypatch):
+def test_streamed_data_can_be_renamed_and_grey_data_made_colour_as_those_in_memory_can(tmp_path):
+    root = make_folder(tmp_path / "grey", (H, W))
+    for data in (stream(root), read_images(root)):
+        colour = replace(data, x=data.x.expand(-1, 3, -1, -1).contiguous(), name="other")
+        assert (colour.name, colour.shape) == ("other", (3, H, W))
+        assert torch.equal(colour.batch(torch.arange(N))[0], data.batch(torch.arange(N))[0].expand(-1, 3, -1, -1))
+
+
+def test_every_image_of_an_epoch_is_decoded_once_and_no_more_than_the_next_batch_ahead(streamed):
     decoded, decode = Counter(), streamed.decode
-    monkeypatch.setattr(streamed, "decode", lambda file: decoded.update([file]) or decode(file))
+    streamed = replace(streamed, decode=lambda file: decoded.update([file]) or decode(file))
     parts = torch.arange(N).split(BATCH)
     for index, (ids, following) in enumerate(zip(parts, [*parts[1:], None], strict=True)):
         streamed.batch(ids)
@@ -126,18 +135,17 @@ def test_every_image_of_an_epoch_is_decoded_once_and_no_more_than_the_next_batch
     assert set(decoded.values()) == {1}
 
 
-def test_the_statistics_are_those_of_all_images_or_of_a_sample(in_memory, streamed, monkeypatch):
+def test_mean_and_deviation_are_those_of_all_images_or_of_a_sample(in_memory, streamed, monkeypatch):
     whole = in_memory.x.double() / 255
-    for data in (in_memory, streamed):
-        mean, std = data.statistics()
-        torch.testing.assert_close(mean, whole.mean((0, 2, 3)), atol=1e-7, rtol=0)
-        torch.testing.assert_close(std, whole.std((0, 2, 3)), atol=1e-7, rtol=0)
-    assert all(torch.equal(a, b) for a, b in zip(streamed.statistics(), in_memory.statistics(), strict=True))
+    mean, std = (torch.tensor(values).double() for values in in_memory.mean_and_std())
+    torch.testing.assert_close(mean, whole.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std, whole.std((0, 2, 3)), atol=1e-6, rtol=0)
+    assert streamed.mean_and_std() == in_memory.mean_and_std()
     monkeypatch.setattr(_stream, "MEASURED", N // 2)
-    sampled = streamed.statistics()
-    assert torch.equal(sampled[0], streamed.statistics()[0])
-    assert not torch.equal(sampled[0], in_memory.statistics()[0])
-    torch.testing.assert_close(sampled[0], whole.mean((0, 2, 3)), atol=0.1, rtol=0)
+    sampled = streamed.mean_and_std()
+    assert sampled == streamed.mean_and_std()
+    assert sampled != in_memory.mean_and_std()
+    assert sampled[0] == pytest.approx(in_memory.mean_and_std()[0], abs=0.1)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -240,11 +248,7 @@ def test_the_fingerprint_sees_names_and_lengths_beyond_its_sample(tmp_path, stre
         change(root)
         assert stream(root).sha256 != streamed.sha256, change
     assert streamed.subset(torch.arange(N).flip(0)).sha256 != streamed.sha256
-    other = streamed.y.roll(1)
-    relabelled = StreamedData(
-        streamed.root, streamed.files, other, streamed.shape, streamed.decode, streamed.class_names, streamed.name
-    )
-    assert relabelled.sha256 != streamed.sha256
+    assert replace(streamed, y=streamed.y.roll(1)).sha256 != streamed.sha256
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -48,14 +48,14 @@ class Recipe(TrainSettings):
         """The untrained network, made for the images and classes of this data."""
         if ":" in self.model.name:
             return resolve_model(self.model.name)
-        mean, std = splits.train.statistics()
+        mean, std = splits.train.mean_and_std()
         channels, height, width = splits.train.shape
         return create_model(
             self.model.name,
             input_shape=(channels, height, width),
             num_classes=splits.train.num_classes,
-            mean=[round(value, 4) for value in mean.tolist()],
-            std=[round(value, 4) for value in std.tolist()],
+            mean=[round(value, 4) for value in mean],
+            std=[round(value, 4) for value in std],
             seed=self.seed_for("init"),
             **self.model.settings,
         )

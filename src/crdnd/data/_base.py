@@ -104,16 +104,16 @@ class ImageData:
     def expect(self, ids: Tensor) -> None:
         """These samples are the next batch; nothing has to be done about it where the images are in memory."""
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel over all images, float64 (C,), (C,)."""
-        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for ids in torch.arange(len(self)).split(100):
-            x = self.batch(ids)[0].double().cpu()
-            count += x[:, 0].numel()
-            total = total + x.sum((0, 2, 3))
-            squares = squares + x.square().sum((0, 2, 3))
-        mean = total / count
-        return mean, ((squares - count * mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel's pixels in [0, 1]."""
+        if self.x.dtype != torch.uint8:
+            return self.x.mean((0, 2, 3)).tolist(), self.x.std((0, 2, 3)).tolist()
+        # From the number of pixels at each level, because the images as floating point may not fit into memory.
+        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in self.x.unbind(1)]).double()
+        levels, total = torch.arange(256, dtype=torch.float64, device=self.x.device) / 255, counts.sum(1)
+        mean = counts @ levels / total
+        variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (total - 1)
+        return mean.tolist(), variance.sqrt().tolist()
 
     def subset(self, ids: Tensor) -> "ImageData":
         """The samples of `ids`, in their order."""

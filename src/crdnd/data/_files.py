@@ -1,6 +1,5 @@
 """Images for evaluation from files: an .npz, a folder with a subfolder per class, or CIFAR's binary records."""
 
-import math
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -221,11 +220,34 @@ def _read_image_folder(folder: Path, image_size: int | None) -> ImageData:
         raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
     files = [members[label][turn] for turn, label in turns]
     y = torch.tensor([label for _, label in turns])
-    class_names = tuple(entry.name for entry in classes)
-    shape, below = _shape_of_all(files, image_size), [str(file.relative_to(folder)) for file in files]
-    decode = partial(_read_image, image_size=image_size)
-    data = StreamedData(folder, below, y, shape, decode, class_names, _name(folder))
-    return data if len(files) * math.prod(shape) > IN_MEMORY else data.in_memory()
+    return from_files(folder, files, y, tuple(entry.name for entry in classes), _name(folder), image_size)
+
+
+def from_files(
+    root: Path, files: list[Path], y: torch.Tensor, class_names: tuple[str, ...], name: str, image_size: int | None
+) -> ImageData:
+    """Images of one size, in memory up to 256 MiB of decoded images, otherwise streamed.
+
+    Args:
+        root: a folder that all files lie below.
+        files: the images.
+        y: their labels.
+        class_names: what the labels mean.
+        name: what results call the data.
+        image_size: what their shorter side is resized to, and the longer one cropped; None leaves them as they are.
+    """
+    shape = _shape_of_all(files, image_size)
+    data = StreamedData(
+        torch.empty((len(files), *shape), dtype=torch.uint8, device="meta"),
+        y,
+        len(class_names),
+        class_names,
+        name,
+        root=root,
+        files=[str(file.relative_to(root)) for file in files],
+        decode=partial(_read_image, image_size=image_size),
+    )
+    return data if data.x.numel() > IN_MEMORY else data.in_memory()
 
 
 def _subfolders(folder: Path) -> list[Path]:

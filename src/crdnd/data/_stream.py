@@ -5,8 +5,9 @@ Threads decode. Pillow lets go of the interpreter's lock while it does, so proce
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -27,9 +28,10 @@ Decoder = Callable[[Path], Bytes]
 IMAGES_A_TASK = 16
 MOST_WORKERS = 16
 FINGERPRINTED = 1000
-MEASURED = 10_000
+MEASURED = 2000
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StreamedData(ImageData):
     """Images of one size in files; like `ImageData`, except that `x` has no pixels, only their shape and type.
 
@@ -37,29 +39,16 @@ class StreamedData(ImageData):
     batches are in memory. What a batch holds depends on its ids alone.
 
     Args:
+        x: a uint8 tensor (N, C, H, W) on torch's meta device; grey files fill all C channels.
         root: the folder that the files lie in, or below.
         files: where each image lies below `root`.
-        y: labels (N,), as for `ImageData`.
-        shape: (C, H, W) of every image; grey files fill all C channels.
         decode: reads a file.
-        class_names: the classes.
-        name: what results call this data.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        files: list[str],
-        y: Tensor,
-        shape: tuple[int, ...],
-        decode: Decoder,
-        class_names: tuple[str, ...],
-        name: str,
-    ) -> None:
-        self.root, self.files, self.decode = root, files, decode
-        self._next: tuple[list[int], _Decoding] | None = None
-        without_pixels = torch.empty((len(files), *shape), dtype=torch.uint8, device="meta")
-        super().__init__(without_pixels, y, len(class_names), class_names, name)
+    root: Path
+    files: list[str] = field(repr=False)
+    decode: Decoder = field(repr=False)
+    _ahead: "dict[tuple[int, ...], _Decoding]" = field(init=False, repr=False, default_factory=dict)
 
     def pixels(self, ids: Tensor) -> Tensor:
         """Images (B, C, H, W) of these samples, uint8.
@@ -67,12 +56,8 @@ class StreamedData(ImageData):
         Raises:
             RunError: a file cannot be read any more, or has become another image.
         """
-        rows = ids.tolist()
-        expected, decoding = self._next or ([], None)
-        if decoding is None or expected != rows:
-            decoding = self._decoding(rows)
-        else:
-            self._next = None
+        rows = tuple(ids.tolist())
+        decoding = self._ahead.pop(rows, None) or self._decoding(rows)
         try:
             return decoding.images().to(self.device)
         except InputError as error:
@@ -80,35 +65,30 @@ class StreamedData(ImageData):
 
     def expect(self, ids: Tensor) -> None:
         """Begin to decode these samples, which are the next batch."""
-        rows = ids.tolist()
-        self._next = rows, self._decoding(rows)
+        rows = tuple(ids.tolist())
+        self._ahead.clear()
+        self._ahead[rows] = self._decoding(rows)
 
     def in_memory(self) -> ImageData:
         """The same data with all images decoded, or an InputError that names the first file that cannot be."""
-        images = self._decoding(list(range(len(self)))).images()
+        images = self._decoding(range(len(self))).images()
         return ImageData(images, self.y, self.num_classes, self.class_names, self.name)
 
-    def _decoding(self, rows: list[int]) -> "_Decoding":
+    def _decoding(self, rows: Sequence[int]) -> "_Decoding":
         return _Decoding([self.root / self.files[row] for row in rows], self.shape, self.decode)
 
     def subset(self, ids: Tensor) -> "StreamedData":
         """The samples of `ids`, in their order."""
-        return self._with([self.files[row] for row in ids.tolist()], self.y[ids])
+        x, files = self.x.new_empty((len(ids), *self.shape)), [self.files[row] for row in ids.tolist()]
+        return replace(self, x=x, y=self.y[ids], files=files)
 
     def to(self, device: torch.device) -> "StreamedData":
         """The same data with batches on a device."""
-        return self if self.device == device else self._with(self.files, self.y.to(device))
+        return self if self.device == device else replace(self, y=self.y.to(device))
 
-    def _with(self, files: list[str], y: Tensor) -> "StreamedData":
-        return StreamedData(self.root, files, y, self.shape, self.decode, self.class_names, self.name)
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel, float64 (C,), (C,), over 10,000 of the images if there are
-        more; which ones depends on their number alone.
-        """  # noqa: D205
-        if len(self) > MEASURED:
-            return self.subset(permutation(len(self), "statistics")[:MEASURED]).statistics()
-        return super().statistics()
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """As for `ImageData`, of 2,000 of the images if there are more; which ones depends on their number alone."""
+        return self.subset(permutation(len(self), "statistics")[:MEASURED]).in_memory().mean_and_std()
 
     @cached_property
     def sha256(self) -> str:
