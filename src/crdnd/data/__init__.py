@@ -1,4 +1,7 @@
-"""Data: images in [0, 1] and labels, in memory, with a held-out validation split. One file, one named data set."""
+"""Data: images in [0, 1] and labels, in memory or streamed, with a held-out validation split.
+
+One file, one named data set.
+"""
 
 from pathlib import Path
 
