@@ -180,6 +180,35 @@ def test_shift_and_crop_flip_draw_what_they_always_drew():
 FORMER = {"shift": [46, 37, 59, 36, 59, 47], "crop_flip": [0, 37, 32, 36, 56, 83]}
 
 
+@given(
+    st.integers(2, 5), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.sampled_from(["shift", "crop_flip"])
+)
+def test_images_of_any_size_are_moved_and_then_mirrored_as_drawn(count, channels, height, width, kind):
+    most = 4 if kind == "crop_flip" else 1
+    x, draws = images(count, (channels, height, width)), stream(count)
+    offsets = draws.child("move").integers(-most, most + 1, (2,))
+    flips = draws.child("flip").integers(0, 2, (1,)) * (kind == "crop_flip")
+    expected = torch.zeros_like(x)
+    for sample in range(count):
+        for row in range(height):
+            for column in range(width):
+                seen = width - 1 - column if flips[sample] else column
+                source = row + int(offsets[sample, 0]), seen + int(offsets[sample, 1])
+                if 0 <= source[0] < height and 0 <= source[1] < width:
+                    expected[sample, :, row, column] = x[sample, :, *source]
+    assert torch.equal(augmented(x, kind, draws), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_augmented_as_the_numbers_that_they_stand_for(kind):
+    x = (256 * images(BATCH, (3, 9, 11))).to(torch.uint8)
+    y = torch.arange(BATCH) % CLASSES
+    from_bytes = augment(x, y, CLASSES, kind, stream(BATCH))
+    from_numbers = augment(x.float() / 255, y, CLASSES, kind, stream(BATCH))
+    assert from_bytes[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(from_bytes, from_numbers, strict=True))
+
+
 # --- cropshift --------------------------------------------------------------------------------------------------------
 
 

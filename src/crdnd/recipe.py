@@ -48,12 +48,11 @@ class Recipe(TrainSettings):
         """The untrained network, made for the images and classes of this data."""
         if ":" in self.model.name and not self.model.name.startswith(TIMM):
             return resolve_model(self.model.name)
-        images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)
         channels, height, width = splits.train.shape
         of_data: dict[str, Any] = {}
         if not self.model.name.startswith(TIMM):  # whose models know the normalisation that their weights want
-            of_data["mean"] = [round(value, 4) for value in images.mean((0, 2, 3)).tolist()]
-            of_data["std"] = [round(value, 4) for value in images.std((0, 2, 3)).tolist()]
+            mean, std = splits.train.mean_and_std()
+            of_data = {"mean": [round(value, 4) for value in mean], "std": [round(value, 4) for value in std]}
         return create_model(
             self.model.name,
             input_shape=(channels, height, width),

@@ -44,7 +44,7 @@ def verdicts(
         ids: which samples; by default all.
         batch_size: how many go through the model at once.
     """
-    ids = torch.arange(len(data), device=data.x.device) if ids is None else ids
+    ids = torch.arange(len(data), device=data.device) if ids is None else ids
     right: list[Tensor] = []
     with true_float32():
         for part in ids.split(batch_size) if len(ids) else ():
@@ -53,7 +53,7 @@ def verdicts(
                 x = attacked(x, y, part)
             with evaluating(model), torch.no_grad():
                 right.append(model(x).argmax(1) == y)
-    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool, device=data.x.device)
+    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool, device=data.device)
 
 
 @contextmanager

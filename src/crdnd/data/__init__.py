@@ -1,4 +1,7 @@
-"""Data: images in [0, 1] and labels, in memory, with a held-out validation split. One file, one named data set."""
+"""Data: images in [0, 1] and labels, in memory or streamed, with a held-out validation split.
+
+One file, one named data set.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,7 @@ from crdnd import registry
 from crdnd.data._augment import Augmentation, augment
 from crdnd.data._base import DataInfo, ImageData, MapDataset, Splits, as_data, stratified
 from crdnd.data._files import LAYOUTS, read_images
+from crdnd.data._stream import StreamedData
 from crdnd.errors import InputError, did_you_mean
 
 __all__ = [
@@ -14,6 +18,7 @@ __all__ = [
     "ImageData",
     "MapDataset",
     "Splits",
+    "StreamedData",
     "as_data",
     "augment",
     "data_names",

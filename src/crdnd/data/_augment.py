@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crdnd.data._base import in_unit_range
 from crdnd.random import Stream
 
 Augmentation = Literal["none", "shift", "crop_flip", "cropshift", "random_erasing", "idbh_weak", "mixup", "cutmix"]
@@ -41,40 +42,63 @@ def augment(x: Tensor, y: Tensor, num_classes: int, kind: Augmentation, stream: 
     share of the batch); in all others on its id and the stream alone.
 
     Args:
-        x: images (B, C, H, W) in [0, 1].
+        x: images (B, C, H, W), floating point in [0, 1] or uint8 in 0 .. 255: the latter cost less to move.
         y: labels, int64 (B,).
         num_classes: K.
         kind: which of the above.
         stream: draws for these samples.
 
     Returns:
-        Images of the same shape and type in [0, 1], and targets: y itself, or for mixup and cutmix soft labels (B, K)
-        in the type of the images.
+        Images of the same shape in [0, 1], of the same type or float32 for uint8, and targets: y itself, or for mixup
+        and cutmix soft labels (B, K) in the type of the images.
     """
+    if kind not in _MOVING:
+        x = in_unit_range(x)
     if kind in _MIXED:
         mixed, share = _MIXED[kind](x, stream)
         own, other = F.one_hot(y, num_classes).to(x.dtype), F.one_hot(y.roll(-1), num_classes).to(x.dtype)
         return mixed, share[:, None] * own + (1 - share[:, None]) * other
-    return _ALONE[kind](x, stream), y
+    return in_unit_range(_ALONE[kind](x, stream)), y
 
 
 # Places
 
 
-def _moved(x: Tensor, most: int, stream: Stream) -> Tensor:
-    height, width = x.shape[2:]
-    offset = stream.child("move").integers(-most, most + 1, (2,))
-    rows = offset[:, 0, None] + torch.arange(height, device=x.device)
-    columns = offset[:, 1, None] + torch.arange(width, device=x.device)
-    return _taken(x, rows[:, :, None], columns[:, None, :])
+def _moved(x: Tensor, most: int, stream: Stream, *, mirror: bool = False) -> Tensor:
+    """Moved by up to `most` pixels each way, and then perhaps mirrored left to right with probability 1/2.
+
+    Lines are copied whole, which is much faster than to look up every pixel: what an image becomes is a window of the
+    image on zeros, or of its mirror image, where the window lies as far to the other side.
+    """
+    count, channels, height, width = x.shape
+    down, right = stream.child("move").integers(-most, most + 1, (2,)).unbind(1)
+    padded = x.new_zeros(1 + mirror, count, channels, height + 2 * most, width + 2 * most)
+    inner = padded[..., most:-most, most:-most]
+    inner[0] = x
+    image = torch.arange(count, device=x.device)
+    if mirror:
+        inner[1] = x.flip(3)
+        flip = _flips(stream)
+        image, right = image + count * flip, torch.where(flip.bool(), -right, right)
+    image_size, channel_size, line_size = padded.stride()[1:4]
+    places = torch.arange(channels, device=x.device)[:, None] * channel_size
+    places = places + torch.arange(height, device=x.device) * line_size
+    first = image * image_size + (most + down) * line_size + most + right
+    windows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
+    return windows.index_select(0, (first[:, None] + places.flatten()).flatten()).reshape(x.shape)
+
+
+def _flips(stream: Stream) -> Tensor:
+    """1 for each sample that is mirrored, else 0; int64 (B,)."""
+    return stream.child("flip").integers(0, 2, (1,))[:, 0]
 
 
 def _mirrored(x: Tensor, stream: Stream) -> Tensor:
-    return torch.where(stream.child("flip").integers(0, 2, (1, 1, 1)).bool(), x.flip(3), x)
+    return torch.where(_flips(stream).bool()[:, None, None, None], x.flip(3), x)
 
 
 def _crop_flip(x: Tensor, stream: Stream) -> Tensor:
-    return _mirrored(_moved(x, 4, stream), stream)
+    return _moved(x, 4, stream, mirror=True)
 
 
 def _crop_shift(x: Tensor, stream: Stream) -> Tensor:
@@ -253,4 +277,6 @@ _ALONE: dict[Augmentation, Callable[[Tensor, Stream], Tensor]] = {
     "random_erasing": lambda x, stream: _erased(_crop_flip(x, stream), stream),
     "idbh_weak": _idbh_weak,
 }
+# Those that take pixels as they are or leave them black.
+_MOVING: tuple[Augmentation, ...] = ("none", "shift", "crop_flip", "cropshift", "random_erasing")
 _MIXED: dict[Augmentation, Callable[[Tensor, Stream], tuple[Tensor, Tensor]]] = {"mixup": _mixup, "cutmix": _cutmix}

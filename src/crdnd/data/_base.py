@@ -88,10 +88,32 @@ class ImageData:
         """(C, H, W)."""
         return tuple(self.x.shape[1:])
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+        return self.y.device
+
     def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1] and labels (B,) of these samples, ids int64 (B,)."""
-        x = self.x[ids]
-        return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[ids]
+        return in_unit_range(self.pixels(ids)), self.y[ids]
+
+    def pixels(self, ids: Tensor) -> Tensor:
+        """Images (B, C, H, W) of these samples as they are stored: floating point in [0, 1], or uint8."""
+        return self.x.index_select(0, ids.to(self.device))
+
+    def expect(self, ids: Tensor) -> None:
+        """These samples are the next batch; nothing has to be done about it where the images are in memory."""
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel's pixels in [0, 1]."""
+        if self.x.dtype != torch.uint8:
+            return self.x.mean((0, 2, 3)).tolist(), self.x.std((0, 2, 3)).tolist()
+        # From the number of pixels at each level, because the images as floating point may not fit into memory.
+        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in self.x.unbind(1)]).double()
+        levels, total = torch.arange(256, dtype=torch.float64, device=self.x.device) / 255, counts.sum(1)
+        mean = counts @ levels / total
+        variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (total - 1)
+        return mean.tolist(), variance.sqrt().tolist()
 
     def subset(self, ids: Tensor) -> "ImageData":
         """The samples of `ids`, in their order."""
@@ -99,7 +121,7 @@ class ImageData:
 
     def to(self, device: torch.device) -> "ImageData":
         """The same data on a device."""
-        if self.x.device == device:
+        if self.device == device:
             return self
         return ImageData(self.x.to(device), self.y.to(device), self.num_classes, self.class_names, self.name)
 
@@ -110,6 +132,11 @@ class ImageData:
         digest.update(self.x.contiguous().cpu().numpy().tobytes())
         digest.update(self.y.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def in_unit_range(x: Tensor) -> Tensor:
+    """Images in [0, 1]: float32 for uint8, all others as they are."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,24 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from crdnd.data._base import ImageData
+from crdnd.data._stream import Bytes, StreamedData
 from crdnd.errors import InputError, first_line
 from crdnd.io import read_bytes
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 LAYOUTS = (
     "an .npz file with x and y, a folder with a subfolder of images per class, or CIFAR's binary files "
@@ -24,9 +30,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 GREY, GREY_16 = ("1", "L", "LA", "La"), ("I", "I;16", "I;16B", "I;16L", "I;16N")
+IN_MEMORY = 2**28
+"""Bytes of decoded images up to which a folder is read into memory; a larger one is decoded as it is used."""
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,34 @@ CIFAR10 = _Cifar("CIFAR-10", (10,), "test_batch.bin", "batches.meta.txt", "cifar
 CIFAR100 = _Cifar("CIFAR-100", (20, 100), "test.bin", "fine_label_names.txt", "cifar-100-binary")
 
 
-def read_images(path: str | Path) -> ImageData:
+def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
     """Read evaluation data from a path; what it is follows from what lies there.
 
     - `.npz`: images under `x` or `images`, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or floating point in [0, 1];
       labels (N,) under `y` or `labels`; optionally `class_names`, and `layout` ("NCHW" or "NHWC") where the shape does
       not tell which one it is.
     - A folder with a subfolder per class, in the order of their sorted names; of the splits train, val and test, the
-      test folder is read. Images of one size; grey if all of them are, otherwise RGB; 16 bits become 8 and
-      transparency is dropped. The classes take turns, so that the first n images are a fair sample.
+      test folder is read. Images of one size, unless `image_size` brings them to one; grey if all of them are,
+      otherwise RGB; 16 bits become 8 and transparency is dropped. The classes take turns, so that the first n images
+      are a fair sample. Beyond 256 MiB of decoded images the files stay where they are, and each batch is decoded
+      when it is asked for (`StreamedData`).
     - CIFAR-10 and CIFAR-100 in their binary version: the folder, the one above it, or one `.bin` file.
+
+    Args:
+        path: the file or folder.
+        image_size: of a folder's images: the shorter side is resized to so many pixels, the longer one cropped.
 
     Raises:
         InputError: there is nothing of this kind, or something in it is damaged or does not fit.
     """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size: must be above 0, got {image_size}.")
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file or folder.")
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, image_size)
+    _refuse_image_size(image_size, path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return _read_npz(path)
@@ -80,17 +95,23 @@ def read_images(path: str | Path) -> ImageData:
     raise InputError(f"{path}: is no data that can be read; give {LAYOUTS}.")
 
 
-def _read_folder(folder: Path) -> ImageData:
+def _read_folder(folder: Path, image_size: int | None) -> ImageData:
     for layout in (CIFAR10, CIFAR100):
         for place in (folder, folder / layout.folder):
             if (place / layout.test).is_file():
+                _refuse_image_size(image_size, folder)
                 return _read_cifar(place / layout.test, layout, _name(folder))
     for pickled in ("cifar-10-batches-py", "cifar-100-python"):
         if folder.name == pickled or (folder / pickled).is_dir():
             raise InputError(
                 f"{folder}: holds CIFAR's Python version, which is pickled and never loaded; get the binary version."
             )
-    return _read_image_folder(folder)
+    return _read_image_folder(folder, image_size)
+
+
+def _refuse_image_size(image_size: int | None, path: Path) -> None:
+    if image_size is not None:
+        raise InputError(f"image_size: is for folders of images, and {path} is none; leave it away.")
 
 
 def _name(path: Path) -> str:
@@ -182,7 +203,7 @@ def _class_names(file: Path, names: NDArray[Any] | None) -> tuple[str, ...]:
 # --- A folder of images -----------------------------------------------------------------------------------------------
 
 
-def _read_image_folder(folder: Path) -> ImageData:
+def _read_image_folder(folder: Path, image_size: int | None) -> ImageData:
     classes = _subfolders(folder)
     names = {entry.name.lower() for entry in classes}
     if names and names <= SPLITS:
@@ -197,9 +218,36 @@ def _read_image_folder(folder: Path) -> ImageData:
     turns = sorted((turn, label) for label, files in enumerate(members) for turn in range(len(files)))
     if not turns:
         raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
-    x = _read_all([members[label][turn] for turn, label in turns])
+    files = [members[label][turn] for turn, label in turns]
     y = torch.tensor([label for _, label in turns])
-    return ImageData(x, y, len(classes), tuple(entry.name for entry in classes), _name(folder))
+    return from_files(folder, files, y, tuple(entry.name for entry in classes), _name(folder), image_size)
+
+
+def from_files(
+    root: Path, files: list[Path], y: torch.Tensor, class_names: tuple[str, ...], name: str, image_size: int | None
+) -> ImageData:
+    """Images of one size, in memory up to 256 MiB of decoded images, otherwise streamed.
+
+    Args:
+        root: a folder that all files lie below.
+        files: the images.
+        y: their labels.
+        class_names: what the labels mean.
+        name: what results call the data.
+        image_size: what their shorter side is resized to, and the longer one cropped; None leaves them as they are.
+    """
+    shape = _shape_of_all(files, image_size)
+    data = StreamedData(
+        torch.empty((len(files), *shape), dtype=torch.uint8, device="meta"),
+        y,
+        len(class_names),
+        class_names,
+        name,
+        root=root,
+        files=[str(file.relative_to(root)) for file in files],
+        decode=partial(_read_image, image_size=image_size),
+    )
+    return data if data.x.numel() > IN_MEMORY else data.in_memory()
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -221,43 +269,70 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _read_all(files: list[Path]) -> torch.Tensor:
-    """Images of one size as uint8 (N, 1 or 3, H, W)."""
-    arrays: list[Bytes] = []
+def _shape_of_all(files: list[Path], image_size: int | None) -> tuple[int, ...]:
+    """(C, H, W) of images of one size; only their heads are read."""
+    first = _image_shape(files[0], image_size)
+    channels = first[2]
     for file in files:
-        array = _read_image(file)
-        if arrays and array.shape[:2] != arrays[0].shape[:2]:
-            (height, width), (first_height, first_width) = array.shape[:2], arrays[0].shape[:2]
+        shape = _image_shape(file, image_size)
+        if shape[:2] != first[:2]:
             raise InputError(
-                f"{file}: is {width}x{height}, but {files[0]} is {first_width}x{first_height}; "
-                "bring all images to one size."
+                f"{file}: is {shape[1]}x{shape[0]}, but {files[0]} is {first[1]}x{first[0]}; "
+                "bring all images to one size, or give image_size."
             )
-        arrays.append(array)
-    channels = max(array.shape[2] for array in arrays)
-    x = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
-    for place, array in zip(x, arrays, strict=True):
-        place[:] = array.transpose(2, 0, 1)  # one grey plane fills all three
-    return torch.from_numpy(x)
+        channels = max(channels, shape[2])
+    return channels, *first[:2]
 
 
-def _read_image(file: Path) -> Bytes:
-    """One image as uint8 (H, W, 1) if its file is grey, otherwise (H, W, 3)."""
+def _image_shape(file: Path, image_size: int | None) -> tuple[int, ...]:
+    """(H, W, 1 or 3), as `_read_image` will give it."""
+    with _opened(file) as image:
+        width, height = (image_size, image_size) if image_size else image.size
+        return height, width, 1 if image.mode in (*GREY, *GREY_16) else 3
+
+
+def _read_image(file: Path, image_size: int | None = None) -> Bytes:
+    """One image as uint8 (H, W, 1) if its file is grey, otherwise (H, W, 3).
+
+    With an image size its shorter side is brought to that, and what the longer one has beyond is cut off at both ends.
+    """
+    with _opened(file) as image:
+        if image.mode in GREY:
+            array = np.array(image.convert("L"))[:, :, None]
+        elif image.mode in GREY_16:
+            array = _from_16_bits(np.array(image), file)
+        else:
+            # Through RGBA, because Pillow warns of palettes with transparency otherwise.
+            array = np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
+    return array if image_size is None else _resized(array, image_size)
+
+
+@contextmanager
+def _opened(file: Path) -> Generator["PIL.Image.Image"]:
+    """The image in a file, of one of the kinds that are read; what goes wrong with it is an InputError."""
     from PIL import Image
 
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode in GREY:
-                return np.array(image.convert("L"))[:, :, None]
-            if image.mode in GREY_16:
-                return _from_16_bits(np.array(image), file)
-            if image.mode not in COLOUR:
+            if image.mode not in (*GREY, *GREY_16, *COLOUR):
                 raise InputError(f"{file}: has pixels of the kind {image.mode}; save it as 8-bit grey or RGB.")
-            # Through RGBA, because Pillow warns of palettes with transparency otherwise.
-            return np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
+            yield image
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: is not a readable image ({first_line(error)}).") from None
+
+
+def _resized(array: Bytes, size: int) -> Bytes:
+    from PIL import Image
+
+    height, width, _ = array.shape
+    scale = size / min(height, width)
+    rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    resized = np.array(image.resize((columns, rows), Image.Resampling.BILINEAR)).reshape(rows, columns, -1)
+    top, left = (rows - size) // 2, (columns - size) // 2
+    return resized[top : top + size, left : left + size]
 
 
 def _from_16_bits(values: NDArray[Any], file: Path) -> Bytes:

@@ -20,7 +20,7 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         what: what messages call the model.
         probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
     """
-    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.x.device))
+    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.device))
     x = x.to(device_of(model))
     with evaluating(model), torch.no_grad():
         try:

@@ -30,7 +30,7 @@ from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
-from crdnd.errors import DivergenceError, Interrupted
+from crdnd.errors import DivergenceError, Interrupted, RunError
 from crdnd.models import evaluating, load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
 from crdnd.random import Stream, permutation
@@ -162,10 +162,16 @@ class Trainer:
     def _one_step(self) -> None:
         epoch, index = divmod(self.step, self.steps_per_epoch)
         progress = self.step / self.total_steps
-        ids = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size].to(self.accelerator.device)
-        # Every process takes its share of the batch; draws are keyed by sample, so they do not depend on the share.
-        ids = ids[self.accelerator.process_index :: self.accelerator.num_processes]
-        x, y = self.train_data.batch(ids)
+        ids = self._ids(epoch, index)
+        try:
+            x = self.train_data.pixels(ids)
+        except RunError:  # a file of streamed data; nothing of this step has happened yet
+            self._save()
+            raise
+        if index + 1 < self.steps_per_epoch:
+            self.train_data.expect(self._ids(epoch, index + 1))
+        ids = ids.to(self.accelerator.device)
+        y = self.train_data.y[ids]
         kind = self.settings.augmentation_at(epoch / self.settings.epochs)
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         x, target = augment(x, y, self.objective.num_classes, kind, draws)
@@ -206,6 +212,11 @@ class Trainer:
             gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in gradients]
         return perturbed(weights, gradients, awp.gamma)
+
+    def _ids(self, epoch: int, index: int) -> Tensor:
+        """This process's share of a batch, int64 on the CPU; draws are keyed by sample and do not depend on it."""
+        ids = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        return ids[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's order of the samples, int64 (N,); worked out once an epoch."""

@@ -97,7 +97,8 @@ def train(
 
     Raises:
         InputError: something given cannot be used, or the folder holds a run with other settings.
-        RunError: the loss is not finite any more, or the disk is full; the last good checkpoint is kept.
+        RunError: the loss is not finite any more, the disk is full, or a file of streamed data cannot be read; the last
+            good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
     return _run(model, (), data, settings, Path(out), fresh=fresh, role=role, listener=listener)

@@ -25,7 +25,7 @@ def validate(model: nn.Module, data: ImageData, threat: ThreatModel, batch_size:
     Both take 10 steps of eps/4 from starts that are the same every time. The second attacks only what the first left
     standing, which changes no verdict.
     """
-    probe, _ = data.batch(torch.arange(min(PROBE, len(data)), device=data.x.device))
+    probe, _ = data.batch(torch.arange(min(PROBE, len(data)), device=data.device))
     with true_float32(), frozen(model, probe):
         right = verdicts(model, data, batch_size=batch_size)
         standing = right.nonzero()[:, 0]

@@ -45,7 +45,7 @@ def reestimate_batch_norm(network: nn.Module, data: ImageData, batch_size: int) 
         try:
             # An incomplete last batch would count as much as a whole one, and might have one image.
             whole = len(data) // batch_size * batch_size or len(data)
-            for ids in torch.arange(whole, device=data.x.device).split(batch_size):
+            for ids in torch.arange(whole, device=data.device).split(batch_size):
                 network(data.batch(ids)[0])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

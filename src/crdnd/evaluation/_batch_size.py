@@ -16,7 +16,7 @@ STATES = 12
 
 def batch_size_that_fits(model: nn.Module, data: ImageData) -> int:
     """A power of two between 8 and 512 whose attack fits into the memory that is free now."""
-    ids = torch.arange(min(2, len(data)), device=data.x.device)
+    ids = torch.arange(min(2, len(data)), device=data.device)
     x, _ = data.batch(ids)
     kept: dict[int, int] = {}
 

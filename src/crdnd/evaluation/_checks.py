@@ -208,7 +208,7 @@ def _wrong_gradients(evidence: Evidence) -> Check | None:
 
 
 def _normalisation(evidence: Evidence) -> Check:
-    ids = torch.arange(evidence.n, device=evidence.data.x.device)
+    ids = torch.arange(evidence.n, device=evidence.data.device)
     batches = [evidence.data.batch(part) for part in ids.split(evidence.batch_size)]
     pixels = torch.cat([x.float().mean((2, 3)) for x, _ in batches])
     squares = torch.cat([x.float().square().mean((2, 3)) for x, _ in batches])

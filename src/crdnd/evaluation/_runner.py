@@ -166,10 +166,10 @@ class Runner:
         return known
 
     def _unknown(self) -> Tensor:
-        return torch.full((len(self.data),), NOT_RUN, dtype=torch.int8, device=self.data.x.device)
+        return torch.full((len(self.data),), NOT_RUN, dtype=torch.int8, device=self.data.device)
 
     def _probe(self) -> Tensor:
-        return self.data.batch(torch.arange(min(PROBE, len(self.data)), device=self.data.x.device))[0]
+        return self.data.batch(torch.arange(min(PROBE, len(self.data)), device=self.data.device))[0]
 
 
 def _step(column: Column, part: Round, block: int | None = None) -> str:

@@ -105,7 +105,7 @@ def load_adversarial(path: str | Path, model: nn.Module, data: ImageData, batch_
 def _verify(
     path: Path, name: str, found: Found, model: nn.Module, data: ImageData, threat: ThreatModel, batch_size: int
 ) -> None:
-    device = data.x.device
+    device = data.device
     with true_float32(), evaluating(model), torch.no_grad():
         for rows in torch.arange(len(found.ids)).split(batch_size):
             x, y = data.batch(found.ids[rows].to(device))

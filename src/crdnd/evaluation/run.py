@@ -129,7 +129,7 @@ def evaluate(
         key = sha256(f"{identity} {protocol.fingerprint} {save_adversarial is not None}".encode())[:16]
         folder = _work_folder(Path(work), f"{protocol.data}-{key}", model, images, state)
     progress = Progress(folder)
-    ids = torch.arange(len(images), device=images.x.device)[state.process_index :: state.num_processes]
+    ids = torch.arange(len(images), device=images.device)[state.process_index :: state.num_processes]
     size = batch_size_that_fits(model, images) if batch_size == "auto" else batch_size
     with stop_requests(at_once=True) if work is not None else nullcontext():
         runner = Runner(
@@ -176,9 +176,9 @@ def evaluate(
 
 
 def _work_folder(root: Path, name: str, model: nn.Module, images: ImageData, state: PartialState) -> Path:
-    number = torch.zeros((), dtype=torch.int64, device=images.x.device)
+    number = torch.zeros((), dtype=torch.int64, device=images.device)
     if state.is_main_process:
-        x, _ = images.batch(torch.arange(min(8, len(images)), device=images.x.device))
+        x, _ = images.batch(torch.arange(min(8, len(images)), device=images.device))
         with true_float32(), evaluating(model):
             first, second = answers(model, x), answers(model, x)
         random = not torch.equal(first[0].nan_to_num(), second[0].nan_to_num())
@@ -243,7 +243,7 @@ def _in_eval_mode(model: nn.Module) -> Classifier:
 
 def _lets_gradients_through(model: nn.Module, images: ImageData) -> bool:
     """Whether autograd knows of any way from the images to the logits, be it a wrong one."""
-    x, _ = images.batch(torch.arange(min(2, len(images)), device=images.x.device))
+    x, _ = images.batch(torch.arange(min(2, len(images)), device=images.device))
     x = x.detach().requires_grad_(True)
     with evaluating(model), torch.enable_grad():
         total = model(x).sum()
