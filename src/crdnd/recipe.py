@@ -20,7 +20,7 @@ class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
 
     schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema")
-    data: str = Field(default="digits", description="A named data set.")
+    data: str = Field(default="digits", description="A named data set, a path, or hf:owner/name.")
     split_seed: int = Field(default=0, description="Which split of the data.")
     model: Named = Field(description="An architecture with its settings, or package.module:factory.")
     teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
@@ -48,14 +48,14 @@ class Recipe(TrainSettings):
         """The untrained network, made for the images and classes of this data."""
         if ":" in self.model.name:
             return resolve_model(self.model.name)
-        images = splits.train.x.float() / (255 if not splits.train.x.is_floating_point() else 1)
+        mean, std = splits.train.mean_and_std()
         channels, height, width = splits.train.shape
         return create_model(
             self.model.name,
             input_shape=(channels, height, width),
             num_classes=splits.train.num_classes,
-            mean=[round(value, 4) for value in images.mean((0, 2, 3)).tolist()],
-            std=[round(value, 4) for value in images.std((0, 2, 3)).tolist()],
+            mean=[round(value, 4) for value in mean],
+            std=[round(value, 4) for value in std],
             seed=self.seed_for("init"),
             **self.model.settings,
         )

@@ -10,6 +10,7 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import (
+    DataDirOption,
     EpsOption,
     JsonOption,
     NormOption,
@@ -41,8 +42,9 @@ def evaluate_command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Data set, .npz, folder of images, or CIFAR-10's binary files."),
+        typer.Option("--data", help="Data set of `crdnd data list`, a folder of images, .npz, or hf:OWNER/NAME."),
     ] = None,
+    data_dir: DataDirOption = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N samples.")] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="quick, rslad-table, standard, rand or full (with all checks).")

@@ -93,6 +93,17 @@ class ImageData:
         x = self.x[ids]
         return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[ids]
 
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel's pixels in [0, 1]."""
+        if self.x.dtype != torch.uint8:
+            return self.x.mean((0, 2, 3)).tolist(), self.x.std((0, 2, 3)).tolist()
+        # From the number of pixels at each level, because the images as floating point may not fit into memory.
+        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in self.x.unbind(1)]).double()
+        levels, total = torch.arange(256, dtype=torch.float64, device=self.x.device) / 255, counts.sum(1)
+        mean = counts @ levels / total
+        variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (total - 1)
+        return mean.tolist(), variance.sqrt().tolist()
+
     def subset(self, ids: Tensor) -> "ImageData":
         """The samples of `ids`, in their order."""
         return ImageData(self.x[ids], self.y[ids], self.num_classes, self.class_names, self.name)
@@ -107,18 +118,9 @@ class ImageData:
     def sha256(self) -> str:
         """Fingerprint of pixels, labels and their order."""
         digest = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype} {self.num_classes}".encode())
-        digest.update(self.x.contiguous().cpu().numpy().tobytes())
+        digest.update(self.x.contiguous().cpu().numpy().reshape(-1).data)
         digest.update(self.y.cpu().numpy().tobytes())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a named data set is, where it comes from and what its licence allows."""
-
-    summary: str
-    licence: str
-    citation: str
 
 
 @dataclass(frozen=True)
