@@ -144,7 +144,6 @@ LISTS: dict[str, tuple[set[str], Callable[[], list[str]]]] = {
     "attacks": ({"name", "what", "paper"}, attack_names),
     "presets": ({"name", "what", "attacks"}, lambda: list(PRESETS)),
     "models": ({"name", "what", "settings"}, model_names),
-    "datasets": ({"name", "what", "licence", "citation"}, lambda: ["digits"]),
 }
 
 

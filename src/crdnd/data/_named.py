@@ -142,8 +142,9 @@ class FileSet:
                     f"{folder}: has {len(data)} {part} images, and {self.title} has {self.counts[part]}; it is "
                     f"incomplete or another set (data of your own in this layout is given by its path)"
                 )
-            names = data.class_names if data.num_classes == self.classes else ()
-            return replace(data, name=self.name, num_classes=self.classes, class_names=names)
+            if data.num_classes != self.classes:
+                raise InputError(f"{folder}: has {data.num_classes} classes, and {self.title} has {self.classes}")
+            return replace(data, name=self.name)
         except InputError as error:
             raise self.problem(root, str(error)) from None
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from crdnd.errors import InputError, first_line
 
-# How numpy's versions name what stands in their pickles; the values say what is done instead.
+# How the versions of numpy and Python name what stands in pickles of plain data; the values say what is done instead.
 _KNOWN = {
     "numpy.core.multiarray _reconstruct": "array",
     "numpy._core.multiarray _reconstruct": "array",
@@ -26,6 +26,7 @@ _KNOWN = {
     "numpy ndarray": "class",
     "numpy dtype": "type",
     "_codecs encode": "bytes",
+    "__builtin__ bytes": "no bytes",
 }
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT",
@@ -160,6 +161,8 @@ class _Reader:
             return _Type(_text(arguments[0]))
         if kind == "bytes":
             return _text(arguments[0]).encode("latin-1")
+        if kind == "no bytes" and not arguments:
+            return b""
         if kind == "buffer":
             data, of_type, shape, order = arguments
             return _Array(_array(data, of_type, shape, order == "F"))
