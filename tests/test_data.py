@@ -93,7 +93,7 @@ def test_a_named_data_set_shows_its_licence_and_its_source(name):
 
 
 def test_an_unknown_data_set_is_refused_with_a_suggestion():
-    with pytest.raises(InputError, match=r"unknown data set 'digit'; did you mean 'digits'\? Available: "):
+    with pytest.raises(InputError, match=r"data: 'digit' is neither .*; did you mean 'digits'\? Available: "):
         load_data("digit")
 
 

@@ -20,8 +20,11 @@ class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
 
     schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema")
-    data: str = Field(default="digits", description="A named data set.")
+    data: str = Field(default="digits", description="A named data set, a path, or hf:owner/name.")
     split_seed: int = Field(default=0, description="Which split of the data.")
+    image_size: int | None = Field(
+        default=None, ge=1, description="Of a path to folders of images: they are resized and cropped to such squares."
+    )
     model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
     teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
     second_teacher: str | None = Field(
@@ -32,7 +35,7 @@ class Recipe(TrainSettings):
 
     def run(self, *, fresh: bool = False, listener: Listener | None = None) -> Run:
         """Do it, or go on with it, or return it if it is done."""
-        splits = load_data(self.data, self.split_seed)
+        splits = self.load_data()
         model = self.build_model(splits)
         own = {name: getattr(self, name) for name in TrainSettings.model_fields}
         if self.teacher is not None:
@@ -43,6 +46,10 @@ class Recipe(TrainSettings):
         if self.second_teacher is not None:
             raise InputError("second_teacher: give the robust one as teacher too.")
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
+
+    def load_data(self) -> Splits:
+        """Training, validation and test data."""
+        return load_data(self.data, self.split_seed, image_size=self.image_size)
 
     def build_model(self, splits: Splits) -> Any:
         """The untrained network, made for the images and classes of this data."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from crdnd.errors import InputError
 
 if TYPE_CHECKING:
     from crdnd.engine import Listener, Progress
@@ -18,7 +21,29 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe, such as objective.tau=1. Repeatable."),
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="Data set; see `crdnd list datasets`.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Data set of `crdnd data list`, a folder of images, .npz, or hf:OWNER/NAME."),
+]
+
+
+def _use_data_folder(folder: Path | None) -> Path | None:
+    """Let this process and those that it starts find named sets there; no recipe and no run keeps the place."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise InputError(f"data_dir: {folder} is no folder.")
+        os.environ["CRDND_DATA"] = str(folder.resolve())
+    return folder
+
+
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        callback=_use_data_folder,
+        help="Folder of the named sets' files; else that of CRDND_DATA, else ./data.",
+    ),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Architecture of `crdnd list models`, timm:NAME, or package.module:factory."),

@@ -12,6 +12,7 @@ from crdnd.cli._common import has_card
 from crdnd.cli._runs import uses_teacher
 from crdnd.config import Frozen
 from crdnd.counts import Count
+from crdnd.data import Splits
 from crdnd.engine import Validation, make_objective
 from crdnd.engine.settings import differences
 from crdnd.errors import InputError, did_you_mean
@@ -250,15 +251,15 @@ def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
 
 def _check_runs(grid: Grid) -> None:
     """Settings that only a run itself would refuse, said before the first one starts."""
-    from crdnd.data import load_data
-
     seen: set[str] = set()
+    loaded: dict[tuple[str, int, int | None], Splits] = {}
     runs = [*grid.teachers.values(), *(run for cell in grid.cells for run in cell.candidates)]
     for run in runs:
         alike = run.model_dump_json(exclude={"seed", "split_seed", "out"})
         if alike not in seen:
             seen.add(alike)
-            splits = load_data(run.data, run.split_seed)
+            data = run.data, run.split_seed, run.image_size
+            splits = loaded[data] = loaded[data] if data in loaded else run.load_data()
             try:
                 run.build_model(splits)
                 sizes = Sizes(student_features=1, teacher_features=1, samples=len(splits.train))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from crdnd.cli.compare import compare_command
+from crdnd.cli.data import data_app
 from crdnd.cli.demo import demo_command
 from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
@@ -30,6 +31,7 @@ app.command("compare")(compare_command)
 app.command("diff")(diff_command)
 app.command("list")(list_command)
 app.command("doctor")(doctor_command)
+app.add_typer(data_app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -31,9 +31,7 @@ def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
 
 def held_out_images(recipe: "Recipe", n: int | None = None) -> "ImageData":
     """The test images of a run's data set, or the first n of them."""
-    from crdnd.data import load_data
-
-    test = load_data(recipe.data, recipe.split_seed).test
+    test = recipe.load_data().test
     if test is None:
         raise InputError(f"data {recipe.data}: has no test split.")
     return first(test, n, recipe.data)

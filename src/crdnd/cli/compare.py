@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdnd.cli._common import (
+    DataDirOption,
     DataOption,
     EpochsOption,
     EpsOption,
@@ -52,6 +53,7 @@ def compare_command(
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many: 5 runs the seeds 0 to 4.")] = None,
     data: DataOption = None,
+    data_dir: DataDirOption = None,
     eps: EpsOption = None,
     norm: NormOption = None,
     epochs: EpochsOption = None,

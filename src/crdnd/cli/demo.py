@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import Field
 
-from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
+from crdnd.cli._common import (
+    DataDirOption,
+    EpochsOption,
+    FreshOption,
+    JsonOption,
+    RecipeOption,
+    SeedOption,
+    print_json,
+)
 from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in, uses_teacher
 from crdnd.config import Frozen, build
 
@@ -39,6 +47,7 @@ def demo_command(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core.")] = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
+    data_dir: DataDirOption = None,
     fresh: FreshOption = False,
     json: JsonOption = False,
 ) -> None:

@@ -18,13 +18,14 @@ REQUIRED = {
     "numpy": "data",
     "safetensors": "weights",
     "scikit-learn": "the digits",
+    "scipy": "statistics and SVHN's files",
     "pydantic": "settings",
     "plotly": "reports",
     "jinja2": "reports",
-    "pillow": "reports",
+    "pillow": "reports and images",
     "filelock": "run folders",
 }
-OPTIONAL = {"tensorboard": "trackers: [tensorboard]"}
+OPTIONAL = {"tensorboard": "trackers: [tensorboard]", "datasets": "--data hf:OWNER/NAME"}
 
 
 def doctor_command(json: JsonOption = False) -> None:

@@ -10,6 +10,7 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import (
+    DataDirOption,
     EpsOption,
     JsonOption,
     NormOption,
@@ -46,8 +47,9 @@ def evaluate_command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Data set, .npz, folder of images, or CIFAR-10's binary files."),
+        typer.Option("--data", help="Data set of `crdnd data list`, a folder of images, .npz, or hf:OWNER/NAME."),
     ] = None,
+    data_dir: DataDirOption = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N samples.")] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="quick, rslad-table, standard, rand or full (with all checks).")
@@ -114,6 +116,7 @@ def evaluate_command(
         model: str
         data: str
         split_seed: int = 0
+        image_size: int | None = Field(default=None, ge=1)
         threat: ThreatModel
         preset: str | None = None
         attacks: dict[str, Any] = {}
@@ -149,7 +152,7 @@ def evaluate_command(
         raise InputError(f"engine: must be own or reference, got {engine!r}.")
     if engine == "reference":
         attack_plan = reference(attack_plan, settings.seed)
-    test = first(load_test(settings.data, settings.split_seed), n, settings.data)
+    test = first(load_test(settings.data, settings.split_seed, image_size=settings.image_size), n, settings.data)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:

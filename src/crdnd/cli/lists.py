@@ -9,10 +9,10 @@ from crdnd.errors import InputError, did_you_mean
 
 
 def list_command(
-    kind: Annotated[str, typer.Argument(metavar="objectives|attacks|presets|models|datasets", help="What to list.")],
+    kind: Annotated[str, typer.Argument(metavar="objectives|attacks|presets|models", help="What to list.")],
     json: JsonOption = False,
 ) -> None:
-    """List what there is to choose from.
+    """List what there is to choose from. Data sets are listed by `crdnd data list`.
 
     Examples:
 
@@ -25,7 +25,6 @@ def list_command(
         "attacks": _attacks,
         "presets": _presets,
         "models": _models,
-        "datasets": _datasets,
     }
     if kind not in listings:
         raise InputError(f"unknown list {kind!r}{did_you_mean(kind, listings)}")
@@ -86,14 +85,4 @@ def _models() -> list[dict[str, Any]]:
     return [
         {"name": name, "what": model.summary, "settings": model.Settings().model_dump()}
         for name, model in models.items()
-    ]
-
-
-def _datasets() -> list[dict[str, Any]]:
-    from crdnd.data import data_names, load_info
-
-    infos = {name: load_info(name) for name in data_names()}
-    return [
-        {"name": name, "what": info.summary, "licence": info.licence, "citation": info.citation}
-        for name, info in infos.items()
     ]

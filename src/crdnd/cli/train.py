@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdnd.cli._common import (
+    DataDirOption,
     DataOption,
     EpochsOption,
     EpsOption,
@@ -36,6 +37,7 @@ def train_command(
     recipe: RecipeOption = None,
     assignments: SetOption = None,
     data: DataOption = None,
+    data_dir: DataDirOption = None,
     model: ModelOption = None,
     objective: ObjectiveOption = None,
     eps: EpsOption = None,
@@ -69,6 +71,7 @@ def distill_command(
     recipe: RecipeOption = None,
     assignments: SetOption = None,
     data: DataOption = None,
+    data_dir: DataDirOption = None,
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="A model folder, a .safetensors file or package.module:factory.")
     ] = None,

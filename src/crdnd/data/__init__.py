@@ -7,12 +7,16 @@ from pathlib import Path
 
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment
-from crdnd.data._base import DataInfo, ImageData, MapDataset, Splits, as_data, stratified
-from crdnd.data._files import LAYOUTS, read_images
+from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified
+from crdnd.data._files import LAYOUTS, read_images, refuse_image_size
+from crdnd.data._hub import PREFIX, read_hub
+from crdnd.data._named import VARIABLE, DataInfo, data_folder
+from crdnd.data._own import read_splits
 from crdnd.data._stream import StreamedData
 from crdnd.errors import InputError, did_you_mean
 
 __all__ = [
+    "VARIABLE",
     "Augmentation",
     "DataInfo",
     "ImageData",
@@ -21,11 +25,13 @@ __all__ = [
     "StreamedData",
     "as_data",
     "augment",
+    "data_folder",
     "data_names",
     "load_data",
     "load_info",
     "load_test",
     "read_images",
+    "read_splits",
     "stratified",
 ]
 
@@ -35,9 +41,32 @@ def data_names() -> list[str]:
     return registry.names("data")
 
 
-def load_data(name: str, split_seed: int = 0) -> Splits:
-    """The named data set in its split of that seed, or an InputError with a suggestion."""
-    return registry.load("data", name, "load")(split_seed)
+def load_data(
+    spec: str, split_seed: int = 0, data_dir: str | Path | None = None, image_size: int | None = None
+) -> Splits:
+    """Training, validation and test data by name, from a path, or from the Hugging Face hub.
+
+    Nothing is downloaded, except for a name that begins with `hf:`, which asks for it.
+
+    Args:
+        spec: the name of a data set; a path as for `read_splits`; or `hf:owner/name`. Where both a set and a path
+            exist the name wins, and "./name" is the path.
+        split_seed: which split into training and validation data; for the digits into test data too.
+        data_dir: where the files of named sets lie: a set's own folder or the one above it. By default the folder of
+            the environment variable CRDND_DATA, else `data` in the current folder.
+        image_size: for a path to folders of images, which are resized and cropped to squares of that size.
+
+    Raises:
+        InputError: there is nothing of that name (with a suggestion), or its files are missing or damaged (with the
+            expected layout, and the command that gets them).
+    """
+    is_named = spec in data_names()
+    if is_named or spec.startswith(PREFIX):
+        refuse_image_size(image_size, Path(spec))
+        return registry.load("data", spec, "load")(split_seed, data_dir) if is_named else read_hub(spec, split_seed)
+    if spec and Path(spec).exists():
+        return read_splits(spec, split_seed, image_size)
+    raise _neither(spec)
 
 
 def load_info(name: str) -> DataInfo:
@@ -45,24 +74,31 @@ def load_info(name: str) -> DataInfo:
     return registry.load("data", name, "INFO")
 
 
-def load_test(spec: str, split_seed: int = 0) -> ImageData:
-    """Test data by name or from files.
+def load_test(
+    spec: str, split_seed: int = 0, data_dir: str | Path | None = None, image_size: int | None = None
+) -> ImageData:
+    """Test data by name, from files, or from the Hugging Face hub.
 
     Args:
-        spec: the name of a data set, or a path as for `read_images`; where both exist the name wins, and "./name" is
-            the path.
+        spec: as for `load_data`, but a path is one for `read_images`.
         split_seed: which split of a named set.
+        data_dir: as for `load_data`.
+        image_size: as for `load_data`.
 
     Raises:
-        InputError: there is neither, or the named set has no test split.
+        InputError: there is neither, or the set has no test split.
     """
-    if spec in data_names():
-        test = load_data(spec, split_seed).test
+    if spec in data_names() or spec.startswith(PREFIX):
+        test = load_data(spec, split_seed, data_dir, image_size).test
         if test is None:
             raise InputError(f"data {spec}: has no test split; give a path to the images.")
         return test
     if spec and Path(spec).exists():
-        return read_images(spec)
-    raise InputError(
+        return read_images(spec, image_size)
+    raise _neither(spec)
+
+
+def _neither(spec: str) -> InputError:
+    return InputError(
         f"data: {spec!r} is neither a data set nor a path{did_you_mean(spec, data_names())}. A path may be {LAYOUTS}."
     )

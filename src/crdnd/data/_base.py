@@ -129,7 +129,7 @@ class ImageData:
     def sha256(self) -> str:
         """Fingerprint of pixels, labels and their order."""
         digest = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype} {self.num_classes}".encode())
-        digest.update(self.x.contiguous().cpu().numpy().tobytes())
+        digest.update(self.x.contiguous().cpu().numpy().reshape(-1).data)
         digest.update(self.y.cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -137,15 +137,6 @@ class ImageData:
 def in_unit_range(x: Tensor) -> Tensor:
     """Images in [0, 1]: float32 for uint8, all others as they are."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a named data set is, where it comes from and what its licence allows."""
-
-    summary: str
-    licence: str
-    citation: str
 
 
 @dataclass(frozen=True)

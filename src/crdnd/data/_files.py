@@ -1,10 +1,10 @@
-"""Images for evaluation from files: an .npz, a folder with a subfolder per class, or CIFAR's binary records."""
+"""Images for evaluation from files: an .npz, a folder with a subfolder per class, or the files of a published set."""
 
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,50 +13,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crdnd import registry
 from crdnd.data._base import ImageData
+from crdnd.data._cifar import is_python_file, read_binary_file, read_python_file
+from crdnd.data._named import DataInfo, Layout
 from crdnd.data._stream import Bytes, StreamedData
 from crdnd.errors import InputError, first_line
-from crdnd.io import read_bytes
 
 if TYPE_CHECKING:
     import PIL.Image
 
 LAYOUTS = (
-    "an .npz file with x and y, a folder with a subfolder of images per class, or CIFAR's binary files "
-    "(test_batch.bin or test.bin)"
+    "an .npz file with x and y, a folder with a subfolder of images per class, or the files of CIFAR, SVHN, "
+    "Tiny-ImageNet or in MNIST's idx format"
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 # Named, because Pillow also knows formats that other programs are started for.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+# What the folders of splits are called, and which split each one is.
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test",
+}  # fmt: skip
 GREY, GREY_16 = ("1", "L", "LA", "La"), ("I", "I;16", "I;16B", "I;16L", "I;16N")
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which a folder is read into memory; a larger one is decoded as it is used."""
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
-
-
-@dataclass(frozen=True)
-class _Cifar:
-    """A binary layout: records of labels followed by 32x32 planes of red, green and blue."""
-
-    name: str
-    labels: tuple[int, ...]
-    """How many values each label byte has; the last one is the class."""
-    test: str
-    """The file with the test images."""
-    names: str
-    """The file with the classes' names, which may be missing."""
-    folder: str
-    """What the archive unpacks to."""
-
-    @property
-    def record(self) -> int:
-        """Bytes per image."""
-        return len(self.labels) + 3 * 32 * 32
-
-
-CIFAR10 = _Cifar("CIFAR-10", (10,), "test_batch.bin", "batches.meta.txt", "cifar-10-batches-bin")
-CIFAR100 = _Cifar("CIFAR-100", (20, 100), "test.bin", "fine_label_names.txt", "cifar-100-binary")
 
 
 def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
@@ -70,7 +52,10 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
       otherwise RGB; 16 bits become 8 and transparency is dropped. The classes take turns, so that the first n images
       are a fair sample. Beyond 256 MiB of decoded images the files stay where they are, and each batch is decoded
       when it is asked for (`StreamedData`).
-    - CIFAR-10 and CIFAR-100 in their binary version: the folder, the one above it, or one `.bin` file.
+    - The layout of a named set (CIFAR in its binary or its Python version, idx, SVHN, Tiny-ImageNet) with any number of
+      images: the folder, or the one above it; its test part is read. Of CIFAR also a single file.
+
+    Nothing in a file is executed; of a pickle only plain data is read.
 
     Args:
         path: the file or folder.
@@ -86,35 +71,43 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
         raise InputError(f"{path}: there is no such file or folder.")
     if path.is_dir():
         return _read_folder(path, image_size)
-    _refuse_image_size(image_size, path)
+    refuse_image_size(image_size, path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return _read_npz(path)
     if suffix == ".bin":
-        return _read_cifar(path, CIFAR100 if path.stem in ("train", "test") else CIFAR10, path.stem)
+        return read_binary_file(path)
+    if is_python_file(path):
+        return read_python_file(path)
     raise InputError(f"{path}: is no data that can be read; give {LAYOUTS}.")
 
 
+def published_layout(folder: Path) -> tuple[Layout, Path] | None:
+    """The layout of a named set that a folder, or one in it, is of, and the folder of the files."""
+    for name in registry.names("data"):
+        info: DataInfo = registry.load("data", name, "INFO")
+        for layout in info.files.layouts if info.files else ():
+            for place in layout.places(folder):
+                if layout.is_in(place):
+                    return layout, place
+    return None
+
+
 def _read_folder(folder: Path, image_size: int | None) -> ImageData:
-    for layout in (CIFAR10, CIFAR100):
-        for place in (folder, folder / layout.folder):
-            if (place / layout.test).is_file():
-                _refuse_image_size(image_size, folder)
-                return _read_cifar(place / layout.test, layout, _name(folder))
-    for pickled in ("cifar-10-batches-py", "cifar-100-python"):
-        if folder.name == pickled or (folder / pickled).is_dir():
-            raise InputError(
-                f"{folder}: holds CIFAR's Python version, which is pickled and never loaded; get the binary version."
-            )
+    if found := published_layout(folder):
+        refuse_image_size(image_size, folder)
+        layout, place = found
+        return replace(layout.read(place, "test"), name=name_of(folder))
     return _read_image_folder(folder, image_size)
 
 
-def _refuse_image_size(image_size: int | None, path: Path) -> None:
+def refuse_image_size(image_size: int | None, path: Path) -> None:
+    """Refuse a size for anything but a folder of images."""
     if image_size is not None:
         raise InputError(f"image_size: is for folders of images, and {path} is none; leave it away.")
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """What results call the data of a folder, also of '.' and '..'."""
     return path.resolve().name or "data"
 
@@ -123,8 +116,16 @@ def _name(path: Path) -> str:
 
 
 def _read_npz(file: Path) -> ImageData:
-    arrays = _npz_arrays(file)
-    x, y = _one_of(file, arrays, "x", "images"), _one_of(file, arrays, "y", "labels")
+    arrays = npz_arrays(file)
+    return from_npz(file, arrays, "test" if "x_test" in arrays else "")
+
+
+def from_npz(file: Path, arrays: dict[str, NDArray[Any]], part: str = "") -> ImageData:
+    """The images under `x` and `y`, or under `x_test` and `y_test` for the part "test", and so on."""
+    if part:
+        x, y = _one_of(file, arrays, f"x_{part}"), _one_of(file, arrays, f"y_{part}")
+    else:
+        x, y = _one_of(file, arrays, "x", "images"), _one_of(file, arrays, "y", "labels")
     if y.dtype.kind not in "iu":
         raise InputError(f"{file}: labels must be integers 0 .. K-1, got {y.dtype}.")
     if y.ndim == 2 and y.shape[1] == 1:
@@ -141,7 +142,7 @@ def _read_npz(file: Path) -> ImageData:
     return ImageData(pixels.contiguous(), labels, len(names), names, file.stem)
 
 
-def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
+def npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
     """All arrays of the file; pickled objects are refused, not loaded."""
     try:
         # Opened here, because numpy leaves the file open where it turns out to be damaged.
@@ -162,12 +163,12 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
         raise InputError(f"{file}: is not a readable .npz file ({first_line(error)}); copy it again.") from None
 
 
-def _one_of(file: Path, arrays: dict[str, NDArray[Any]], short: str, long: str) -> NDArray[Any]:
-    found = [arrays[key] for key in (short, long) if key in arrays]
-    if len(found) == 2:
-        raise InputError(f"{file}: has both {short} and {long}; keep one of them.")
+def _one_of(file: Path, arrays: dict[str, NDArray[Any]], *names: str) -> NDArray[Any]:
+    found = [arrays[key] for key in names if key in arrays]
+    if len(found) > 1:
+        raise InputError(f"{file}: has both {' and '.join(names)}; keep one of them.")
     if not found:
-        raise InputError(f"{file}: has no array {short} or {long}, only {', '.join(sorted(arrays)) or 'nothing'}.")
+        raise InputError(f"{file}: has no array {' or '.join(names)}, only {', '.join(sorted(arrays)) or 'nothing'}.")
     return found[0]
 
 
@@ -204,23 +205,32 @@ def _class_names(file: Path, names: NDArray[Any] | None) -> tuple[str, ...]:
 
 
 def _read_image_folder(folder: Path, image_size: int | None) -> ImageData:
-    classes = _subfolders(folder)
-    names = {entry.name.lower() for entry in classes}
-    if names and names <= SPLITS:
-        tests = [entry for entry in classes if entry.name.lower() == "test"]
-        if not tests:
-            raise InputError(f"{folder}: has {', '.join(sorted(names))} but no test; give the folder to be evaluated.")
-        classes = _subfolders(tests[0])
+    parts = split_folders(folder)
+    if parts and "test" not in parts:
+        found = ", ".join(entry.name for entry in parts.values())
+        raise InputError(f"{folder}: has {found} but no test; give the folder to be evaluated.")
+    return read_classes(parts.get("test", folder), name_of(folder), image_size)
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders train, validation and test by these names, where a folder holds nothing else; else none."""
+    entries = {entry.name.lower(): entry for entry in subfolders(folder)}
+    return {SPLITS[name]: entry for name, entry in entries.items()} if set(entries) <= set(SPLITS) else {}
+
+
+def read_classes(folder: Path, name: str, image_size: int | None) -> ImageData:
+    """Images in a subfolder for each class; the classes take turns. As for `read_images`."""
+    classes = subfolders(folder)
     if not classes:
         raise InputError(f"{folder}: has no subfolders; give {LAYOUTS}.")
-    members = [list(_image_files(entry)) for entry in classes]
+    members = [list(image_files(entry)) for entry in classes]
     # First the first of every class, then the second: an evaluation may take only the first n.
     turns = sorted((turn, label) for label, files in enumerate(members) for turn in range(len(files)))
     if not turns:
         raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
     files = [members[label][turn] for turn, label in turns]
     y = torch.tensor([label for _, label in turns])
-    return from_files(folder, files, y, tuple(entry.name for entry in classes), _name(folder), image_size)
+    return from_files(folder, files, y, tuple(entry.name for entry in classes), name, image_size)
 
 
 def from_files(
@@ -250,14 +260,14 @@ def from_files(
     return data if data.x.numel() > IN_MEMORY else data.in_memory()
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     try:
         return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}).") from None
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
     """The images in a folder and below it, sorted; other kinds of files and hidden ones are passed over."""
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder).parts
@@ -288,7 +298,7 @@ def _image_shape(file: Path, image_size: int | None) -> tuple[int, ...]:
     """(H, W, 1 or 3), as `_read_image` will give it."""
     with _opened(file) as image:
         width, height = (image_size, image_size) if image_size else image.size
-        return height, width, 1 if image.mode in (*GREY, *GREY_16) else 3
+        return height, width, 1 if _is_grey(image, file) else 3
 
 
 def _read_image(file: Path, image_size: int | None = None) -> Bytes:
@@ -297,25 +307,17 @@ def _read_image(file: Path, image_size: int | None = None) -> Bytes:
     With an image size its shorter side is brought to that, and what the longer one has beyond is cut off at both ends.
     """
     with _opened(file) as image:
-        if image.mode in GREY:
-            array = np.array(image.convert("L"))[:, :, None]
-        elif image.mode in GREY_16:
-            array = _from_16_bits(np.array(image), file)
-        else:
-            # Through RGBA, because Pillow warns of palettes with transparency otherwise.
-            array = np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
+        array = pixels_of(image, file)
     return array if image_size is None else _resized(array, image_size)
 
 
 @contextmanager
 def _opened(file: Path) -> Generator["PIL.Image.Image"]:
-    """The image in a file, of one of the kinds that are read; what goes wrong with it is an InputError."""
+    """The image in a file; what goes wrong with it is an InputError."""
     from PIL import Image
 
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode not in (*GREY, *GREY_16, *COLOUR):
-                raise InputError(f"{file}: has pixels of the kind {image.mode}; save it as 8-bit grey or RGB.")
             yield image
     except InputError:
         raise
@@ -335,42 +337,44 @@ def _resized(array: Bytes, size: int) -> Bytes:
     return resized[top : top + size, left : left + size]
 
 
-def _from_16_bits(values: NDArray[Any], file: Path) -> Bytes:
+def stacked(images: Iterable[Bytes], names: Sequence[object]) -> torch.Tensor:
+    """Images (H, W, 1 or 3) of one size as uint8 (N, 1 or 3, H, W); `names` are for messages."""
+    arrays: list[Bytes] = []
+    for array, name in zip(images, names, strict=True):
+        if arrays and array.shape[:2] != arrays[0].shape[:2]:
+            (height, width), (first_height, first_width) = array.shape[:2], arrays[0].shape[:2]
+            raise InputError(
+                f"{name}: is {width}x{height}, but {names[0]} is {first_width}x{first_height}; "
+                "bring all images to one size."
+            )
+        arrays.append(array)
+    channels = max(array.shape[2] for array in arrays)
+    x = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
+    for place, array in zip(x, arrays, strict=True):
+        place[:] = array.transpose(2, 0, 1)  # one grey plane fills all three
+    return torch.from_numpy(x)
+
+
+def pixels_of(image: "PIL.Image.Image", name: object) -> Bytes:
+    """A Pillow image as uint8 (H, W, 1) if it is grey, otherwise (H, W, 3); `name` is for messages."""
+    if not _is_grey(image, name):
+        # Through RGBA, because Pillow warns of palettes with transparency otherwise.
+        return np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
+    if image.mode in GREY_16:
+        return _from_16_bits(np.array(image), name)
+    return np.array(image.convert("L"))[:, :, None]
+
+
+def _is_grey(image: "PIL.Image.Image", name: object) -> bool:
+    if image.mode in (*GREY, *GREY_16):
+        return True
+    if image.mode not in COLOUR:
+        raise InputError(f"{name}: has pixels of the kind {image.mode}; save it as 8-bit grey or RGB.")
+    return False
+
+
+def _from_16_bits(values: NDArray[Any], name: object) -> Bytes:
     wide = values.astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
-        raise InputError(f"{file}: has pixels beyond 16 bits; save it as 8-bit grey or RGB.")
+        raise InputError(f"{name}: has pixels beyond 16 bits; save it as 8-bit grey or RGB.")
     return ((wide + 128) // 257).astype(np.uint8)[:, :, None]
-
-
-# --- CIFAR's binary version -------------------------------------------------------------------------------------------
-
-
-def _read_cifar(file: Path, layout: _Cifar, name: str) -> ImageData:
-    data = read_bytes(file)
-    if not data or len(data) % layout.record:
-        raise InputError(
-            f"{file}: has {len(data)} bytes, which is no multiple of {layout.name}'s {layout.record} bytes per image; "
-            "it is truncated or damaged."
-        )
-    records = np.frombuffer(data, dtype=np.uint8).reshape(-1, layout.record).copy()
-    for column, count in enumerate(layout.labels):
-        if (worst := int(records[:, column].max())) >= count:
-            raise InputError(
-                f"{file}: has the label {worst}, but {layout.name} has labels 0 .. {count - 1}; it is damaged."
-            )
-    skip = len(layout.labels)
-    x = torch.from_numpy(records[:, skip:].reshape(-1, 3, 32, 32))
-    y = torch.from_numpy(records[:, skip - 1].astype(np.int64))
-    return ImageData(x, y, layout.labels[-1], _cifar_names(file.parent / layout.names, layout), name)
-
-
-def _cifar_names(file: Path, layout: _Cifar) -> tuple[str, ...]:
-    if not file.is_file():
-        return ()
-    try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({first_line(error)}).") from None
-    if len(names) != layout.labels[-1]:
-        raise InputError(f"{file}: has {len(names)} names for the {layout.labels[-1]} classes of {layout.name}.")
-    return names

@@ -3,12 +3,14 @@
 1,797 scans of digits by 43 people, reduced to 8x8 with 17 levels of grey.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from crdnd.data._base import DataInfo, ImageData, Splits, stratified
+from crdnd.data._base import ImageData, Splits, stratified
+from crdnd.data._named import DataInfo
 
 INFO = DataInfo(
     summary="8x8 grey scans of handwritten digits, 10 classes; 1,147 train, 200 validation, 450 test",
@@ -20,8 +22,8 @@ INFO = DataInfo(
 SIZES = (1147, 200, 450)
 
 
-def load(split_seed: int = 0) -> Splits:
-    """The stratified split of that seed."""
+def load(split_seed: int = 0, data_dir: str | Path | None = None) -> Splits:
+    """The stratified split of that seed. The digits come with scikit-learn, wherever other sets lie."""
     from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
     bunch: Any = load_digits()

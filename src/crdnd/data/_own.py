@@ -1,0 +1,101 @@
+"""Training data of one's own: a path, split into training, validation and, where there is any, test data."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from crdnd.data._base import ImageData, Splits
+from crdnd.data._files import (
+    from_npz,
+    name_of,
+    npz_arrays,
+    published_layout,
+    read_classes,
+    read_images,
+    refuse_image_size,
+    split_folders,
+)
+from crdnd.data._named import held_out
+from crdnd.errors import InputError
+
+
+def read_splits(path: str | Path, split_seed: int = 0, image_size: int | None = None) -> Splits:
+    """Read training data from a path.
+
+    - A folder with the folders `train`, optionally `val` and `test`, each with a subfolder of images per class. Without
+      `val` a stratified tenth of the training data is held out.
+    - A folder with a subfolder of images per class: a tenth is held out, and there is no test data.
+    - An `.npz` file with `x` and `y`, or `x_train` and `y_train`; optionally `x_test` and `y_test`.
+    - The layout of a named set, as for `read_images`.
+
+    Args:
+        path: where it lies; what messages and results call it is the name of the file or folder.
+        split_seed: which split of the training data, where a part of it is held out.
+        image_size: as for `read_images`.
+
+    Raises:
+        InputError: there is nothing of this kind, something in it is damaged, or its parts do not fit together.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, split_seed, image_size)
+    refuse_image_size(image_size, path)
+    if path.suffix.lower() == ".npz":
+        arrays = npz_arrays(path)
+        train = from_npz(path, arrays, "train" if "x_train" in arrays else "")
+        test = from_npz(path, arrays, "test") if "x_test" in arrays else None
+        return held_out(*_alike(train, test), split_seed)
+    return held_out(read_images(path), None, split_seed)
+
+
+def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Splits:
+    name = name_of(folder)
+    if found := published_layout(folder):
+        refuse_image_size(image_size, folder)
+        layout, place = found
+        if missing := layout.missing(place):
+            raise InputError(f"{place}: lacks {', '.join(missing)}.")
+        train, test = (replace(layout.read(place, part), name=name) for part in ("train", "test"))
+        return held_out(*_alike(train, test), split_seed)
+    parts = split_folders(folder)
+    if not parts:
+        return held_out(read_classes(folder, name, image_size), None, split_seed)
+    if "train" not in parts:
+        found = ", ".join(entry.name for entry in parts.values())
+        raise InputError(f"{folder}: has {found} but no train; give a folder with training data.")
+    train = read_classes(parts["train"], name, image_size)
+    others = {part: read_classes(parts[part], name, image_size) for part in ("validation", "test") if part in parts}
+    for part, data in others.items():
+        if data.class_names != train.class_names:
+            odd = sorted(set(data.class_names) ^ set(train.class_names))[0]
+            raise InputError(f"{parts[part]}: its classes are not those of {parts['train']}; {odd} is in one only.")
+        others[part] = _in_colour(data, train)
+    if "validation" in others:
+        return Splits(train, others["validation"], others.get("test"), split_seed)
+    return held_out(train, others.get("test"), split_seed)
+
+
+def _in_colour(data: ImageData, train: ImageData) -> ImageData:
+    """Grey images as colour where the training data are; images of another size are refused."""
+    if data.shape[1:] != train.shape[1:]:
+        (height, width), (train_height, train_width) = data.shape[1:], train.shape[1:]
+        raise InputError(
+            f"{data.name}: has images of {width}x{height} beside training images of {train_width}x{train_height}; "
+            "bring all to one size."
+        )
+    if data.shape[0] == 1 and train.shape[0] == 3:
+        return replace(data, x=data.x.expand(-1, 3, -1, -1))
+    if data.shape[0] != train.shape[0]:
+        raise InputError(f"{data.name}: has images in colour beside training images in grey.")
+    return data
+
+
+def _alike(train: ImageData, test: ImageData | None) -> tuple[ImageData, ImageData | None]:
+    """Both with as many classes as the one that has more; a set without class names is numbered."""
+    if test is None:
+        return train, None
+    if test.num_classes > train.num_classes:
+        raise InputError(
+            f"{test.name}: the test data have labels up to {test.num_classes - 1}, the training data do not."
+        )
+    test = replace(test, num_classes=train.num_classes, class_names=train.class_names)
+    return train, _in_colour(test, train)
