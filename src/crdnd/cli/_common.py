@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crdnd.errors import InputError
+
 if TYPE_CHECKING:
     from crdnd.engine import Listener, Progress
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
+NamedRecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="YAML file, or a name of `crdnd recipes list`; options win over it."),
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe, such as objective.tau=1. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting of a recipe, such as objective.tau=1; docs/settings.md has them all. Repeatable.",
+    ),
 ]
 DataOption = Annotated[str | None, typer.Option("--data", help="Data set; see `crdnd list datasets`.")]
 ModelOption = Annotated[
@@ -48,9 +58,19 @@ def given(**options: Any) -> dict[str, Any]:
 
 def settings_of(recipe: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
     """Recipe, then --set, then options: each wins over the one before."""
-    from crdnd.recipe import merge, parse_assignment, read_yaml
+    from crdnd.recipe import merge, parse_assignment, read_recipe
 
-    return merge(read_yaml(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
+    return merge(read_recipe(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
+
+
+def named_model(text: str, option: str) -> dict[str, Any]:
+    """`cnn,width=8` as the layers of a recipe: {"model": {"name": "cnn", "width": 8}}."""
+    from crdnd.recipe import merge, parse_assignment
+
+    name, *settings = [part.strip() for part in text.split(",")]
+    if not name or not all("=" in part for part in settings):
+        raise InputError(f"{option} {text}: write it as cnn, or with settings as cnn,width=8.")
+    return merge({"model": {"name": name}}, *(parse_assignment(f"model.{part}") for part in settings))
 
 
 def has_card(path: Path) -> bool:
