@@ -90,6 +90,11 @@ OPTIONS = {
     "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--fresh", "--json"},
     "list": {"--json"},
+    "recipes": {"--json"},
+    "estimate": {
+        "--set", "--data", "--teacher", "--second-teacher", "--teacher-model", "--model", "--objective", "--eps",
+        "--norm", "--epochs", "--json",
+    },
     "doctor": {"--json"},
 }  # fmt: skip
 

@@ -20,9 +20,7 @@ SCHEMA = "crdnd.recipe/1"
 class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
 
-    schema_: Literal["crdnd.recipe/1"] = Field(
-        default=SCHEMA, alias="schema", description="The format of the file."
-    )
+    schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema", description="The format of the file.")
     data: str = Field(default="digits", description="A named data set.")
     split_seed: int = Field(default=0, description="Which split of the data.")
     model: Named = Field(description="An architecture with its settings, or package.module:factory.")

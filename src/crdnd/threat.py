@@ -1,7 +1,7 @@
 """The threat model: which inputs an adversary may hand in. The only place that reads eps."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator

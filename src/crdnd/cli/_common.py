@@ -60,7 +60,9 @@ def settings_of(recipe: Path | None, assignments: list[str] | None, options: dic
     """Recipe, then --set, then options: each wins over the one before."""
     from crdnd.recipe import merge, parse_assignment, read_recipe
 
-    return merge(read_recipe(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
+    return merge(
+        read_recipe(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options
+    )
 
 
 def named_model(text: str, option: str) -> dict[str, Any]:

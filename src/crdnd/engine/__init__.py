@@ -1,7 +1,7 @@
 """The engine: settings, one training step, the loop around it, checkpoints, and runs in their folders."""
 
 from crdnd.engine.checks import check_model
-from crdnd.engine.estimate import Counts, Estimate, estimate
+from crdnd.engine.cost import Counts, Estimate, estimate
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.loop import Listener, Progress
 from crdnd.engine.run import DataSource, Run, distill, is_finished, load_history, make_objective, train

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,8 +35,9 @@ FEWEST, MOST, SECONDS = 3, 30, 15.0
 """How many steps count: at least, at most, and after how many seconds it is enough."""
 SLOW = 15.0
 """Seconds of a step from which on a smaller batch is measured instead."""
-PROBE = 4
-"""Images of the first look, which tells whether the whole batch would be slow."""
+PROBE, SMALLEST = 4, 16
+"""Images of the first look, which tells whether the whole batch would be slow; and of the smallest batch that is
+measured then: what a step costs whatever its batch is scaled up too, and shows in still smaller ones."""
 FOREVER = 10**9
 
 
@@ -106,7 +108,7 @@ def estimate(
     if measured >= 2 * PROBE:
         first = statistics.median(_steps(student, data, teachers, chosen, PROBE, clock, most=1))
         memory_of_probe = _peak_memory()
-        while measured >= 4 * PROBE and first * measured / PROBE > SLOW:
+        while measured >= 2 * SMALLEST and first * measured / PROBE > SLOW:
             measured //= 2
     seconds = _steps(student, data, teachers, chosen, measured, clock)
     scale = batch_size / measured
@@ -159,7 +161,7 @@ class _Stopwatch:
     def seconds(self) -> list[float]:
         """Of every step behind the warm-up."""
         ends = self.readings[WARM_UP - 1 :]
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(ends)]
 
 
 def _steps(
