@@ -84,6 +84,8 @@ def test_the_steps_are_those_of_the_run_and_the_first_ones_do_not_count(monkeypa
         step(self)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: pytest.fail("a validation falls between the steps"))
+    monkeypatch.setattr(Trainer, "_save", lambda *_: pytest.fail("a save falls between the steps"))
     found = estimate(network(), splits(), clock=Clock(0.25), augmentation="crop_flip", **PLAIN)
     sizes = [size for size, *_ in made]
     assert sizes == [4] * (cost.WARM_UP + 1) + [48] * (cost.WARM_UP + found.steps_timed)
@@ -101,7 +103,8 @@ def test_a_validation_is_timed_with_both_attacks_on_every_image(monkeypatch):
     seen = []
     validate = cost.validate
     monkeypatch.setattr(cost, "validate", lambda *a: seen.append(validate(*a)))
-    estimate(network(), splits(), clock=Clock(0.25), **PLAIN)
+    # An eps at which the network would fail, were the images really moved.
+    estimate(network(), splits(), clock=Clock(0.25), **PLAIN | {"threat": {"eps": 0.9}})
     assert [(found.clean.correct, found.robust.correct, found.robust.n) for found in seen] == [(30, 30, 30)] * 2
 
 
@@ -157,11 +160,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, st
     return ended.value.code, *capsys.readouterr()
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "MOST", 3)
+
+
 SMALL = ("--model", "cnn", "--set", "model.width=2", "--set", "attack.steps=1")
 
 
+@pytest.mark.usefixtures("few")
 def test_a_published_recipe_is_estimated_on_made_up_images_without_its_data_or_teacher(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CRDND_DATA", str(tmp_path / "nowhere"))
     small = (*SMALL, "--set", "batch_size=40", "--set", "validate_every=4")
     teacher = ("--teacher-model", "cnn,width=3")
     status, out, err = run(capsys, "rslad-cifar100-resnet18-short", *small, *teacher, "--json")
@@ -177,7 +187,8 @@ def test_a_published_recipe_is_estimated_on_made_up_images_without_its_data_or_t
     assert not list(tmp_path.iterdir())
 
 
-def test_data_that_needs_no_download_is_used_itself(capsys):
+@pytest.mark.usefixtures("few")
+def test_data_that_is_there_is_used_itself(capsys):
     status, out, _ = run(capsys, "--objective", "trades", "--eps", "0.1", *SMALL, "--json", "--epochs", "2")
     found = json.loads(out)
     assert status == 0
@@ -191,6 +202,7 @@ def test_data_that_needs_no_download_is_used_itself(capsys):
         (("mtard-cifar10-resnet18", *SMALL, "--teacher-model", "cnn"), "teacher: mtard looks at 2, given are 1"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cnn,2"), "--teacher-model cnn,2: write it as cnn, or"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cn"), "unknown model 'cn'; did you mean 'cnn'?"),
+        (("rslad-cifar10-resnet18", *SMALL, "--data", "cifr10"), "unknown data set 'cifr10'"),
         (("--model", "cnn", "--eps", "0.1"), "objective: this setting is required"),
         (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
     ],

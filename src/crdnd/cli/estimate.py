@@ -39,6 +39,7 @@ MADE_UP: dict[str, tuple[tuple[int, int, int], int, int]] = {
 }
 """Data sets that may not be on this machine: image shape, classes, published training images."""
 HELD_OUT = 0.1
+"""The part of these that becomes validation data."""
 
 
 def estimate_command(
@@ -68,7 +69,7 @@ def estimate_command(
 ) -> None:
     """Predict the time and memory of a run on this machine from a few of its steps, before anyone starts it.
 
-    Public data sets are not downloaded for this: images of their shape are made up, which cost the same.
+    Where a public data set is not on this machine, images of its shape are made up, which cost the same.
 
     Examples:
 
@@ -99,11 +100,14 @@ def estimate_command(
 
 
 def _data(run: "Recipe") -> tuple["Splits", "Counts | None"]:
-    """The run's data; for a public set a few images of its shape, and how many it has."""
+    """The run's data; for a public set that is not there a few images of its shape, and how many it has."""
     from crdnd.data import ImageData, Splits, load_data
 
-    if run.data not in MADE_UP:
+    try:
         return load_data(run.data, run.split_seed), None
+    except InputError:
+        if run.data not in MADE_UP:
+            raise
     import torch
 
     from crdnd.engine import Counts

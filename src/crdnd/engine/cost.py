@@ -106,11 +106,11 @@ def estimate(
     measured = min(batch_size, len(data.train))
     first, memory_of_probe = 0.0, None
     if measured >= 2 * PROBE:
-        first = statistics.median(_steps(student, data, teachers, chosen, PROBE, clock, most=1))
+        first = statistics.median(_steps(student, data, teachers, chosen, PROBE, clock, 1))
         memory_of_probe = _peak_memory()
         while measured >= 2 * SMALLEST and first * measured / PROBE > SLOW:
             measured //= 2
-    seconds = _steps(student, data, teachers, chosen, measured, clock)
+    seconds = _steps(student, data, teachers, chosen, measured, clock, MOST)
     scale = batch_size / measured
     step = statistics.median(seconds) * scale
     validation = _validation(student, data, chosen, measured, counts, clock)
@@ -171,7 +171,7 @@ def _steps(
     settings: TrainSettings,
     batch_size: int,
     clock: Clock,
-    most: int = MOST,
+    most: int,
 ) -> list[float]:
     """Seconds of steps of this run at another batch size."""
     values = {name: getattr(settings, name) for name in TrainSettings.model_fields}
