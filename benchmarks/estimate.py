@@ -40,7 +40,7 @@ def made_up() -> Splits:
 
 
 def pair(name: str, turn: int) -> dict[str, float]:
-    """Predicted and measured seconds of an epoch, and of a validation, where the measured one is not the bound."""
+    """Predicted and measured seconds of an epoch, and their ratio."""
     splits, settings = (load_data("digits"), DIGITS) if name == "digits" else (made_up(), RESNET)
     shape: dict[str, Any] = {"input_shape": splits.train.shape, "num_classes": 10}
 
