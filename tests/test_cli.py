@@ -93,6 +93,11 @@ OPTIONS = {
     "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
+    "recipes": {"--json"},
+    "estimate": {
+        "--set", "--data", "--teacher", "--second-teacher", "--teacher-model", "--model", "--objective", "--eps",
+        "--norm", "--epochs", "--json",
+    },
     "doctor": {"--json"},
     "data list": {"--data-dir", "--json"},
     "data get": {"--data-dir"},

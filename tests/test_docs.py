@@ -1,5 +1,6 @@
 """The pages that are written from the source."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 from pydantic import Field
 
 from crdnd.objectives import ObjectiveSettings, load_objective, objective_names
+from crdnd.recipe import Recipe
+from crdnd.recipes import recipe_names
 from crdnd.report.comparison import load_comparison
 
 DOCS = Path(__file__).parent.parent / "docs"
 GENERATOR = runpy.run_path(str(DOCS / "methods.py"))
+SETTINGS = runpy.run_path(str(DOCS / "settings.py"))
 DIGITS = runpy.run_path(str(DOCS / "digits.py"))
 
 
@@ -42,6 +46,27 @@ def test_a_page_shows_values_as_a_recipe_writes_them_and_escapes_bars():
         r"| `drops` | `[0.7167, 0.95]` | KL(T \|\| S). |",
         "| `centre` | `false` | Whether. |",
     ]
+
+
+def test_the_page_of_the_settings_is_that_of_the_package():
+    written = SETTINGS["page"]()
+    assert SETTINGS["PAGE"].read_text(encoding="utf-8") == written, "run `python docs/settings.py`"
+
+
+def test_the_page_of_the_settings_has_every_key_with_what_it_is():
+    keys = {key for key, field in SETTINGS["settings"](Recipe) if field.description}
+    assert keys >= {"objective", "threat.eps", "optimizer.learning_rate", "awp.gamma", "augmentation.until", "schema"}
+    assert {key for key in keys if "." not in key} == {
+        field.alias or name for name, field in Recipe.model_fields.items()
+    }
+    assert keys == {key for key, _ in SETTINGS["settings"](Recipe)}, "every setting has a description"
+    assert "| `attack.steps` | whole number |  | Ascent steps. |" in SETTINGS["page"]()
+    assert "| `optimizer.weight_decay` | number | `0.0005` |" in SETTINGS["page"]()
+
+
+def test_the_page_of_the_recipes_names_each_of_them():
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z_]+-cifar100?-[a-z0-9_]+)`", page)) == set(recipe_names())
 
 
 @pytest.mark.skipif(not DIGITS["RESULTS"].exists(), reason="results/digits is not measured yet")

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from fractions import Fraction
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +14,20 @@ class Frozen(BaseModel):
     """A settings object: never changes, knows its keys, refuses others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+def parse_number(value: Any) -> Any:
+    """Read a number as people write it, plain or as a fraction such as "8/255"; what is no text is left as it is.
+
+    >>> parse_number("8/255") == 8 / 255
+    True
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(Fraction(value.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a number; write 0.1 or 8/255.") from None
 
 
 Model = TypeVar("Model", bound=BaseModel)

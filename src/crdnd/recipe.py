@@ -12,6 +12,7 @@ from crdnd.data import Splits, load_data
 from crdnd.engine import Listener, Named, Run, TrainSettings, distill, train
 from crdnd.errors import InputError
 from crdnd.models import TIMM, create_model, resolve_model
+from crdnd.recipes import recipe_text
 
 SCHEMA = "crdnd.recipe/1"
 
@@ -19,7 +20,7 @@ SCHEMA = "crdnd.recipe/1"
 class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
 
-    schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema", description="The format of the file.")
     data: str = Field(default="digits", description="A named data set, a path, or hf:owner/name.")
     split_seed: int = Field(default=0, description="Which split of the data.")
     image_size: int | None = Field(
@@ -30,7 +31,9 @@ class Recipe(TrainSettings):
     second_teacher: str | None = Field(
         default=None, description="Likewise; the naturally trained one of the methods that look at two."
     )
-    role: Literal["teacher", "student"] = "student"
+    role: Literal["teacher", "student"] = Field(
+        default="student", description="What the model's card and the result tables call it."
+    )
     out: str = Field(description="The run's folder.")
 
     def run(self, *, fresh: bool = False, listener: Listener | None = None) -> Run:
@@ -73,14 +76,30 @@ class Recipe(TrainSettings):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; whatever else is there is an InputError that names the line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not valid YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text; `where` is what an InputError calls it."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold settings as `key: value`.")
+        raise InputError(f"{where}: must hold settings as `key: value`.")
     return cast("dict[str, Any]", values)
+
+
+def read_recipe(source: Path) -> dict[str, Any]:
+    """The values of a recipe: a YAML file, or the name of a shipped recipe where there is no such file."""
+    if source.exists() or source.suffix in (".yaml", ".yml") or len(source.parts) > 1:
+        return read_yaml(source)
+    return parse_yaml(recipe_text(str(source)), str(source))
 
 
 def make_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:

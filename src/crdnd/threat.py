@@ -1,34 +1,19 @@
 """The threat model: which inputs an adversary may hand in. The only place that reads eps."""
 
 import math
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from crdnd.config import Frozen
+from crdnd.config import Frozen, parse_number
 from crdnd.random import Stream
 
 Norm = Literal["linf", "l2"]
 Start = Literal["none", "uniform", "gaussian", "surface"]
 
 _TINY = 1e-30
-
-
-def parse_eps(value: Any) -> Any:
-    """Read eps as people write it: a number, or a fraction such as "8/255".
-
-    >>> parse_eps("8/255") == 8 / 255
-    True
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(Fraction(value.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{value!r} is not a number; write 0.1 or 8/255.") from None
 
 
 class ThreatModel(Frozen):
@@ -41,7 +26,7 @@ class ThreatModel(Frozen):
     norm: Norm = Field(default="linf", description="linf bounds every pixel, l2 the length of the whole perturbation.")
     eps: float = Field(description="Radius in the units of the images, which lie in [0, 1].")
 
-    _read_eps = field_validator("eps", mode="before")(parse_eps)
+    _read_eps = field_validator("eps", mode="before")(parse_number)
 
     @model_validator(mode="after")
     def _plausible(self) -> "ThreatModel":

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from crdnd.engine import Listener, Progress
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
+NamedRecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="YAML file, or a name of `crdnd recipes list`; options win over it."),
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe, such as objective.tau=1. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting of a recipe, such as objective.tau=1; docs/settings.md has them all. Repeatable.",
+    ),
 ]
 DataOption = Annotated[
     str | None,
@@ -74,9 +82,11 @@ def given(**options: Any) -> dict[str, Any]:
 
 def settings_of(recipe: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
     """Recipe, then --set, then options: each wins over the one before."""
-    from crdnd.recipe import merge, parse_assignment, read_yaml
+    from crdnd.recipe import merge, parse_assignment, read_recipe
 
-    return merge(read_yaml(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options)
+    return merge(
+        read_recipe(recipe) if recipe else {}, *(parse_assignment(text) for text in assignments or []), options
+    )
 
 
 def has_card(path: Path) -> bool:

@@ -11,8 +11,10 @@ from crdnd.cli.data import data_app
 from crdnd.cli.demo import demo_command
 from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
+from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
 from crdnd.cli.lists import list_command
+from crdnd.cli.recipes import recipes_command
 from crdnd.cli.train import distill_command, train_command
 from crdnd.errors import InputError, Interrupted, RunError
 
@@ -28,6 +30,8 @@ app.command("train")(train_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
+app.command("recipes")(recipes_command)
+app.command("estimate")(estimate_command)
 app.command("diff")(diff_command)
 app.command("list")(list_command)
 app.command("doctor")(doctor_command)

@@ -31,11 +31,17 @@ if TYPE_CHECKING:
 
 RESULTS, REPORT, CSV, LATEX, LOG = "compare.json", "report.html", "leaderboard.csv", "leaderboard.tex", "test-log.jsonl"
 DIVERGED = "diverged.txt"
+RECIPE_SCHEMA = "crdnd.recipe/1"
 
 
 def compare_command(
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="YAML file, crdnd.compare/1; options win over it.")
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="YAML file, crdnd.compare/1, or a name of `crdnd recipes list`, whose settings all methods then "
+            "share; options win over it.",
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -86,6 +92,8 @@ def compare_command(
         crdnd compare --objectives trades,pgd_at --student cnn,width=8 --student cnn,width=16 --eps 0.1 --epochs 30
 
         crdnd compare --recipe compare.yaml --out runs/compare
+
+        crdnd compare --recipe rslad-cifar10-resnet18-short --objectives rslad,crdnd --teacher runs/teacher
     """  # noqa: E501
     from crdnd.cli._grid import make_grid
     from crdnd.io import exclusive, make_folder, move_aside
@@ -125,9 +133,11 @@ def _spec(
     """What was asked for: the recipe, and options over it. What options list replaces what the recipe lists."""
     from crdnd.cli._grid import SCHEMA, Spec
     from crdnd.config import build
-    from crdnd.recipe import merge, parse_assignment, read_yaml
+    from crdnd.recipe import merge, parse_assignment, read_recipe
 
-    values = read_yaml(recipe) if recipe else {}
+    values = read_recipe(recipe) if recipe else {}
+    if values.get("schema") == RECIPE_SCHEMA:
+        values = _of_recipe(values)
     if values.get("schema", SCHEMA) != SCHEMA:
         raise InputError(f"{recipe}: has the format {values['schema']!r}; this version reads {SCHEMA}.")
     below: Any = values.get("shared", {})
@@ -150,6 +160,27 @@ def _spec(
         if not values.get(key):
             raise InputError(f"{key}: this setting is required; give it with {option} or in a recipe.")
     return build(Spec, merge(values, options), where=str(recipe or ""))
+
+
+def _of_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of one run as a comparison: its method and its student, all else shared with what options add.
+
+    The training attack goes with the method, since other papers name others.
+    """
+    from crdnd.config import build
+    from crdnd.engine import Named
+
+    run = {key: value for key, value in recipe.items() if key not in ("schema", "role", "seed", "out")}
+    method = {key: run.pop(key) for key in ("objective", "attack") if key in run}
+    model = run.pop("model", None)
+    values: dict[str, Any] = {"shared": run}
+    if method:
+        values["objectives"] = {build(Named, method.get("objective"), "objective").name: method}
+    if model is not None:
+        values["students"] = {build(Named, model, "model").name: {"model": model}}
+    if "teacher" in run:
+        values |= {"teachers": {"teacher": {"teacher": run.pop("teacher")}}, "splits": "fixed"}
+    return values
 
 
 def _student(text: str) -> tuple[str, dict[str, Any]]:

@@ -100,14 +100,14 @@ def evaluate_command(
 
         accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
-    from crdnd.config import Frozen, build
+    from crdnd.config import Frozen, build, parse_number
     from crdnd.data import load_test
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
     from crdnd.models import ModelCard, read_card, resolve_model
     from crdnd.recipe import check_format
-    from crdnd.threat import ThreatModel, parse_eps
+    from crdnd.threat import ThreatModel
 
     class Settings(Frozen):
         """What `crdnd evaluate` takes from a recipe."""
@@ -156,7 +156,7 @@ def evaluate_command(
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
-        sweep = [parse_eps(part) for part in eps_sweep.split(",")] if eps_sweep else []
+        sweep = [parse_number(part) for part in eps_sweep.split(",")] if eps_sweep else []
     except ValueError as error:
         raise InputError(f"eps_sweep: {error}") from None
     for value in sweep:

@@ -12,10 +12,10 @@ from crdnd.cli._common import (
     FreshOption,
     JsonOption,
     ModelOption,
+    NamedRecipeOption,
     NormOption,
     ObjectiveOption,
     OutOption,
-    RecipeOption,
     SeedOption,
     SetOption,
     given,
@@ -34,7 +34,7 @@ SaveOption = Annotated[
 
 
 def train_command(
-    recipe: RecipeOption = None,
+    recipe: NamedRecipeOption = None,
     assignments: SetOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
@@ -68,7 +68,7 @@ def train_command(
 
 
 def distill_command(
-    recipe: RecipeOption = None,
+    recipe: NamedRecipeOption = None,
     assignments: SetOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
@@ -99,6 +99,8 @@ def distill_command(
         crdnd distill --teacher runs/teacher --objective rslad --model cnn --eps 0.1 --out runs/student
 
         crdnd distill --teacher runs/teacher --objective ard --set objective.tau=1 --model cnn --eps 0.1 --out runs/ard
+
+        crdnd distill --recipe rslad-cifar10-resnet18-short --teacher runs/teacher --out runs/rslad
     """
     options = given(
         data=data, teacher=teacher, second_teacher=second_teacher, model__name=model, objective__name=objective,

@@ -1,14 +1,17 @@
 """The engine: settings, one training step, the loop around it, checkpoints, and runs in their folders."""
 
 from crdnd.engine.checks import check_model
+from crdnd.engine.cost import Counts, Estimate, estimate
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.loop import Listener, Progress
 from crdnd.engine.run import DataSource, Run, distill, is_finished, load_history, make_objective, train
 from crdnd.engine.settings import Named, TrainSettings
 
 __all__ = [
+    "Counts",
     "DataSource",
     "Epoch",
+    "Estimate",
     "Listener",
     "Named",
     "Progress",
@@ -17,6 +20,7 @@ __all__ = [
     "Validation",
     "check_model",
     "distill",
+    "estimate",
     "is_finished",
     "load_history",
     "make_objective",

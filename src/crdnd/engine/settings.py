@@ -6,10 +6,10 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from crdnd.config import Frozen, build
+from crdnd.config import Frozen, build, parse_number
 from crdnd.data import Augmentation
 from crdnd.errors import did_you_mean
-from crdnd.objectives import AttackLoss
+from crdnd.objectives import AttackLoss, TrainingAttack
 from crdnd.threat import ThreatModel
 
 
@@ -18,7 +18,7 @@ class Named(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str
+    name: str = Field(description="Its key in the registry.")
 
     @model_validator(mode="before")
     @classmethod
@@ -34,7 +34,7 @@ class Named(BaseModel):
 class OptimizerSettings(Frozen):
     """The optimiser; its learning rate is the schedule's highest."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = Field(default="sgd", description="The optimiser.")
     learning_rate: float = Field(default=0.1, gt=0, description="Highest learning rate.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Of SGD.")
     nesterov: bool = Field(default=True, description="Of SGD.")
@@ -44,12 +44,26 @@ class OptimizerSettings(Frozen):
 class ScheduleSettings(Frozen):
     """How the learning rate changes over the run."""
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: Literal["cosine", "step", "constant"] = Field(
+        default="cosine", description="cosine: falls to 0. step: drops at milestones. constant: stays."
+    )
     milestones: tuple[float, ...] = Field(
-        default=(0.5, 0.75), description="step: where it drops, as fractions of the run."
+        default=(0.5, 0.75),
+        description="step: where it drops, as fractions of the run; 215/300 is the end of epoch 215 of 300.",
     )
     factor: float = Field(default=0.1, gt=0, lt=1, description="step: what it is multiplied by at each drop.")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="Part of the run over which it rises from 0.")
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _fractions(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        found = [parse_number(milestone) for milestone in cast("list[Any] | tuple[Any, ...]", value)]
+        for milestone in found:
+            if isinstance(milestone, int | float) and not 0 < milestone < 1:
+                raise ValueError(f"are fractions of the run, such as 100/200 for epoch 100 of 200, got {milestone:g}.")
+        return found
 
 
 def _known_augmentation(value: Any) -> Any:
@@ -61,7 +75,7 @@ def _known_augmentation(value: Any) -> Any:
 class AugmentationPhase(Frozen):
     """An augmentation for a part of the run."""
 
-    name: Augmentation
+    name: Augmentation = Field(description="The augmentation.")
     until: float | None = Field(
         default=None, gt=0, lt=1, description="Where the phase ends, as a fraction of the run; the last ends with it."
     )
@@ -78,16 +92,21 @@ class Seeds(Frozen):
     attack: int | None = Field(default=None, description="Starts of the training attack.")
 
 
+def _attack(name: str) -> str | None:
+    """The description of the setting that an override replaces."""
+    return TrainingAttack.model_fields[name].description
+
+
 class AttackOverrides(Frozen):
     """What differs from the training attack that the method's paper names."""
 
-    loss: AttackLoss | None = None
-    steps: int | None = Field(default=None, ge=1)
-    step: float | None = Field(default=None, gt=0, description="As a fraction of eps.")
-    start: Literal["none", "uniform", "gaussian"] | None = None
-    restarts: int | None = Field(default=None, ge=1)
-    eps_warmup: float | None = Field(default=None, ge=0, lt=1)
-    mode: Literal["train", "eval"] | None = None
+    loss: AttackLoss | None = Field(default=None, description=_attack("loss"))
+    steps: int | None = Field(default=None, ge=1, description=_attack("steps"))
+    step: float | None = Field(default=None, gt=0, description=_attack("step"))
+    start: Literal["none", "uniform", "gaussian"] | None = Field(default=None, description=_attack("start"))
+    restarts: int | None = Field(default=None, ge=1, description=_attack("restarts"))
+    eps_warmup: float | None = Field(default=None, ge=0, lt=1, description=_attack("eps_warmup"))
+    mode: Literal["train", "eval"] | None = Field(default=None, description=_attack("mode"))
 
 
 class WeightPerturbation(Frozen):
@@ -105,10 +124,10 @@ class TrainSettings(Frozen):
     attack: AttackOverrides = Field(
         default=AttackOverrides(), description="Changes to the method's own training attack."
     )
-    epochs: int = Field(default=100, ge=1)
-    batch_size: int = Field(default=128, ge=2)
-    optimizer: OptimizerSettings = OptimizerSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
+    epochs: int = Field(default=100, ge=1, description="Passes over the training data.")
+    batch_size: int = Field(default=128, ge=2, description="Images a step, over all processes.")
+    optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
+    schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
@@ -144,8 +163,8 @@ class TrainSettings(Frozen):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of training; validation is always in float32."
     )
-    seed: int = 0
-    seeds: Seeds = Seeds()
+    seed: int = Field(default=0, description="Seed of everything that is drawn.")
+    seeds: Seeds = Field(default=Seeds(), description="Separate seeds for parts of it.")
     save_every_steps: int | None = Field(
         default=None,
         ge=1,
