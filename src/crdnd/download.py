@@ -1,5 +1,6 @@
 """Files from the network: resumed where they were cut off, verified, whole or not there at all. Nothing is ever run."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -7,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -26,6 +27,7 @@ WAITS = (1.0, 4.0, 10.0)
 BUSY = (408, 429, 500, 502, 503, 504)
 """HTTP states that may be over in a moment."""
 CHUNK = 1 << 18
+WEB_PAGE = "sends a web page instead of the file (a login, a warning, or a quota that is spent)"
 
 
 class _CutError(Exception):
@@ -112,6 +114,23 @@ def download(
     )
 
 
+def read_url(url: str, limit: int = 1 << 20) -> bytes:
+    """The content of a small file of the web, of at most `limit` bytes; raises as `download` does.
+
+    Nothing verifies it: what it says must be checked against something that is.
+    """
+    try:
+        with _answer(url, {}) as response:
+            content = response.read(limit + 1) if response is not None else b""
+    except _UnusableError as error:
+        raise InputError(f"{url} {error}.") from None
+    except _CutError as error:
+        raise RunError(f"{url} {error}.") from None
+    if len(content) > limit:
+        raise InputError(f"{url} is larger than {limit} bytes, which is not what was expected there.")
+    return content
+
+
 class _Wanted:
     """The file that is wanted, and how it is known."""
 
@@ -156,34 +175,41 @@ def _from(url: str, wanted: _Wanted, progress: Progress | None) -> None:
 
 def _fetch(url: str, wanted: _Wanted, start: int, progress: Progress | None) -> None:
     """Append to the part what is missing, from byte `start` on."""
-    request = urllib.request.Request(url, headers={"User-Agent": "crdnd", "Accept-Encoding": "identity"})  # noqa: S310
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with _answer(url, headers) as response:
+        if response is None:  # nothing lies behind what is there: it is whole, or of another file
+            return
+        if response.status != 206 or not _continues(response, start):
+            start = 0  # the source sends the whole file again
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdecimal() else None
+        if wanted.size is not None and total not in (None, wanted.size):
+            raise _UnusableError(f"has another file ({total} bytes, not {wanted.size})")
+        done = _append(response, wanted, start, total or wanted.size, progress)
+    if total is not None and done < total:
+        raise _CutError(f"stopped after {done} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _answer(url: str, headers: dict[str, str]) -> Generator[http.client.HTTPResponse | None]:
+    """What a source answers, None where it has nothing in the range; its failures, and those of the body, in words."""
+    headers = {"User-Agent": "crdnd", "Accept-Encoding": "identity", **headers}
     try:
-        with _opener().open(request, timeout=TIMEOUT) as answer:
+        with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:  # noqa: S310
             response = cast("http.client.HTTPResponse", answer)
             if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-                raise _UnusableError(
-                    "sends a web page instead of the file (a login, a warning, or a quota that is spent)"
-                )
-            if response.status != 206 or not _continues(response, start):
-                start = 0  # the source sends the whole file again
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length and length.isdecimal() else None
-            if wanted.size is not None and total not in (None, wanted.size):
-                raise _UnusableError(f"has another file ({total} bytes, not {wanted.size})")
-            done = _append(response, wanted, start, total or wanted.size, progress)
+                raise _UnusableError(WEB_PAGE)
+            yield response
+            return
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # nothing lies behind what is there: it is whole, or of another file
-            return
         message = f"answers {error.code} {error.reason}"
-        raise (_CutError(message) if error.code in BUSY else _UnusableError(message)) from None
+        if error.code != 416:
+            raise (_CutError(message) if error.code in BUSY else _UnusableError(message)) from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None)
         raise _CutError(f"cannot be reached ({reason or first_line(error)})") from None
-    if total is not None and done < total:
-        raise _CutError(f"stopped after {done} of {total} bytes")
+    yield None
 
 
 def _append(
