@@ -32,12 +32,14 @@ WORK = Path("runs/evaluations")
 def evaluate_command(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Model folder, .safetensors, .pt2, .onnx or package.module:factory."),
+        typer.Argument(
+            metavar="MODEL", help="Folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:owner/name or package:factory."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     assignments: SetOption = None,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="For a factory: its weights, .safetensors or a weights-only .pt.")
+        str | None, typer.Option("--weights", help="For a factory: its weights, .safetensors or a weights-only .pt.")
     ] = None,
     data: Annotated[
         str | None,
@@ -96,7 +98,7 @@ def evaluate_command(
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, read_card, resolve_model
+    from crdnd.models import ModelCard, local_model, read_card, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel, parse_eps
 
@@ -123,7 +125,8 @@ def evaluate_command(
         )
     spec = str(values["model"])
     network = resolve_model(spec, weights)
-    card = read_card(Path(spec)) if has_card(Path(spec)) else ModelCard(schema="crdnd.model/1")
+    place = Path(spec if weights else local_model(spec))
+    card = read_card(place) if has_card(place) else ModelCard(schema="crdnd.model/1")
     _fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False

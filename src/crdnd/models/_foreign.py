@@ -14,6 +14,7 @@ from crdnd.errors import InputError, first_line
 from crdnd.io import read_bytes, sha256
 from crdnd.models._exported import check_image_shape, in_parts, read_exported
 from crdnd.models._folder import load_model, load_tensors, parse_tensors
+from crdnd.models._remote import is_remote, local_model, local_weights, remote_name
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 NESTED = ("state_dict", "model", "model_state_dict", "net")
@@ -53,6 +54,12 @@ class OnnxModel(nn.Module):
                 "export a model of images (B, C, H, W) in float32."
             )
 
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of its images, where they are fixed."""
+        channels, height, width = self._sizes[1:]
+        return None if channels is None or height is None or width is None else (channels, height, width)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1], detached, on the device of the images."""
         check_image_shape(x, self._sizes)
@@ -77,25 +84,31 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 
     Args:
         spec: a model folder or its `.safetensors` file, an exported program (`.pt2`), an ONNX file (`.onnx`), or
-            `package.module:factory`, which is the user's own code and is called without arguments.
+            `package.module:factory`, which is the user's own code and is called without arguments. Or where such a
+            file lies in the web: `https://...#sha256=...`, or `hf:owner/name[@revision]` for a model folder at the
+            Hugging Face hub. It is downloaded once.
         weights: for a factory, the file with the weights: `.safetensors`, or a `.pt`, `.pth`, `.bin` or `.ckpt` with a
-            state dict, or a folder that this package wrote.
+            state dict, or a folder that this package wrote; here or in the web.
 
     Raises:
         InputError: there is no such model, a file is damaged, contains code or belongs to another architecture.
+        RunError: it lies in the web, and cannot be reached.
     """
-    path = Path(spec)
-    by_factory = ":" in spec and not path.exists()
+    remote = is_remote(spec)
+    if remote and weights is None and Path(remote_name(spec)).suffix.lower() not in PICKLED:
+        return resolve_model(local_model(spec))
+    path = Path(remote_name(spec) if remote else spec)
+    by_factory = ":" in spec and not path.exists() and not remote
     if weights is not None and not by_factory:
         raise InputError(
             f"weights: belong to a model given as package.module:factory; {spec} is a file with weights of its own."
         )
     if by_factory:
         model = _call_factory(spec)
-        return model if weights is None else load_weights(model, weights)
-    if not path.exists():
+        return model if weights is None else load_weights(model, local_weights(str(weights)))
+    if not path.exists() and not remote:
         raise InputError(f"{spec}: there is no such model.")
-    suffix = path.suffix.lower() if path.is_file() else ""
+    suffix = path.suffix.lower() if path.is_file() or remote else ""
     if suffix in PICKLED:
         raise InputError(
             f"{spec}: is a file of weights without an architecture; "
