@@ -76,9 +76,11 @@ OPTIONS = {
         "--save-every-steps", "--out", "--fresh", "--json",
     },
     "distill": {
-        "--recipe", "--set", "--data", "--teacher", "--second-teacher", "--model", "--objective", "--eps", "--norm",
-        "--epochs", "--seed", "--save-every-steps", "--out", "--fresh", "--json",
+        "--recipe", "--set", "--data", "--teacher", "--teacher-weights", "--second-teacher", "--second-teacher-weights",
+        "--model", "--objective", "--eps", "--norm", "--epochs", "--seed", "--save-every-steps", "--out", "--fresh",
+        "--json",
     },
+    "check-teacher": {"--weights", "--data", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
     "evaluate": {
         "--recipe", "--set", "--weights", "--data", "--n", "--preset", "--attacks", "--engine", "--surrogate", "--eps",
         "--norm", "--eps-sweep", "--per-class", "--batch-size", "--seed", "--save-adv", "--out", "--work", "--json",

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,56 +9,10 @@ import pytest
 from crdnd import download as module
 from crdnd.download import cache_folder, download
 from crdnd.errors import InputError, RunError
+from web import Server
 
 CONTENT = bytes(range(256)) * 40
 SHA = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server:
-    """Serves `content` at every path; attributes say how it misbehaves."""
-
-    def __init__(self):
-        self.content, self.kind, self.ranges = CONTENT, "application/octet-stream", True
-        self.cuts: list[int] = []  # after how many bytes the next answers break off
-        self.states: list[int] = []  # the next answers are these instead
-        self.asked: list[str | None] = []  # the Range of each request
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                asked = self.headers.get("Range")
-                outer.asked.append(asked)
-                if self.path.startswith("/moved="):
-                    self.send_response(302)
-                    self.send_header("Location", self.path.removeprefix("/moved="))
-                    self.end_headers()
-                    return
-                if outer.states:
-                    self.send_error(outer.states.pop(0))
-                    return
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and outer.ranges else 0
-                if start >= len(outer.content):
-                    self.send_error(416)
-                    return
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(outer.content) - 1}/{len(outer.content)}")
-                body = outer.content[start:]
-                self.send_header("Content-Type", outer.kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: outer.cuts.pop(0)] if outer.cuts else body)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/file.bin"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -67,7 +20,7 @@ def server(monkeypatch):
     monkeypatch.setattr(module, "WAITS", (0.0, 0.0))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    found = Server()
+    found = Server(CONTENT)
     yield found
     found.close()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from crdnd.cli.check_teacher import check_teacher_command
 from crdnd.cli.compare import compare_command
 from crdnd.cli.demo import demo_command
 from crdnd.cli.diff import diff_command
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("train")(train_command)
 app.command("distill")(distill_command)
+app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("diff")(diff_command)

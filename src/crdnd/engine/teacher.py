@@ -22,6 +22,11 @@ TRIED_ON = 250
 """At most so many of them when causes are tried."""
 GAIN = 10.0
 """Points of accuracy that a cause has to bring before it is named."""
+ENOUGH = 50
+"""Fewer images prove nothing: a teacher that looks as if at chance is warned of, and not refused."""
+EXPLAINS = 0.25
+"""A cause of accuracy at chance has to bring this part of the way from chance to 100%; on easy data, inputs that are
+wrong in another way bring a little too."""
 BATCH = 250
 
 Role = Literal["teacher", "second teacher"]
@@ -45,6 +50,8 @@ class TeacherCheck(Frozen):
     role: Role
     natural: Count | None = None
     """Natural accuracy on validation images; None where `check_teacher` is off."""
+    chance: float | None = None
+    """The share of the largest class among these images, in [0, 1]."""
     input: tuple[int, int, int] | None = None
     """(C, H, W) that its images are changed to; None where they fit."""
     warning: str = ""
@@ -71,8 +78,8 @@ def measure_teacher(teacher: nn.Module, data: ImageData, role: Role = "teacher")
     It is at chance where the 95% interval of its accuracy reaches down to the share of the largest class, and that of
     three standard deviations not up to half the way from there to 100% (few images tell nothing), and the mean of the
     classes' accuracies is no better than that of a guess either (with classes of very different sizes, a good teacher
-    can lie below the largest share). Causes are then found by trying: the inputs that published weights expect, and
-    other orders of channels and classes.
+    can lie below the largest share). With fewer than 50 images that is a warning. Causes are then found by trying: the
+    inputs that published weights expect, and other orders of channels and classes.
 
     Args:
         teacher: images -> logits, `Adapted` where it sees images of another shape; its modes are left alone.
@@ -83,33 +90,34 @@ def measure_teacher(teacher: nn.Module, data: ImageData, role: Role = "teacher")
         InputError: it is at chance; the message says why, as far as that can be found, and what to do.
     """
     found = TeacherCheck(role=role, input=teacher.wanted if isinstance(teacher, Adapted) else None)
-    ids = teacher_images(data)
+    ids = some_images(data, IMAGES)
     y = data.y[ids].cpu()
     predicted = _predictions(teacher, data, ids)
     natural = Count(correct=int((predicted == y).sum()), n=len(y))
-    found = found.model_copy(update={"natural": natural})
     chance = int(y.bincount().max()) / len(y)
-    refused = _at_chance(predicted, y, natural, chance)
-    if not refused and natural.percent >= 100 - GAIN:
+    found = found.model_copy(update={"natural": natural, "chance": chance})
+    guesses = _at_chance(predicted, y, natural, chance)
+    if not guesses and natural.percent >= 100 - GAIN:
         return found
-    cause = _cause(teacher, data, ids, predicted, y)
-    if refused:
-        raise InputError(
-            f"{role}: natural accuracy {natural} on validation images is no better than chance ({100 * chance:.1f}%): "
-            f"{cause or _no_cause(predicted)}; a spoiled teacher on purpose needs check_teacher=false."
-        )
+    least = chance + EXPLAINS * (1 - chance) if guesses else 0.0
+    cause = _cause(teacher, data, ids, predicted, y, least)
+    if guesses:
+        said = f"{role}: natural accuracy {natural} on validation images is no better than chance ({100 * chance:.1f}%)"
+        said += f": {cause or _no_cause(predicted)}"
+        if natural.n >= ENOUGH:
+            raise InputError(f"{said}; a spoiled teacher on purpose needs check_teacher=false.")
+        return found.model_copy(update={"warning": f"{said}; {natural.n} images are too few to refuse it"})
     if cause:
         return found.model_copy(update={"warning": f"{role}: natural accuracy is {natural.percent:.1f}%, but {cause}"})
     return found
 
 
-def teacher_images(data: ImageData) -> Tensor:
-    """Ids of the validation images that a teacher is measured on: the same in every call."""
-    return _some(data.y, IMAGES).to(data.y.device)
+def some_images(data: ImageData, size: int) -> Tensor:
+    """Ids of so many images, or of all: the same in every call, with the classes in the proportions of the whole."""
+    return _some(data.y, size).to(data.y.device)
 
 
 def _some(y: Tensor, size: int) -> Tensor:
-    """Places of so many labels, or of all, with the classes in the proportions of the whole."""
     return stratified(y, (size, len(y) - size), "teacher")[0] if size < len(y) else torch.arange(len(y))
 
 
@@ -144,8 +152,8 @@ def _at_chance(predicted: Tensor, y: Tensor, natural: Count, chance: float) -> b
     return sum(accuracies) / classes - 1.96 * variance**0.5 / classes <= 1 / classes
 
 
-def _cause(teacher: nn.Module, data: ImageData, ids: Tensor, predicted: Tensor, y: Tensor) -> str:
-    """What the teacher was made for, as far as that makes it much better; empty where nothing does."""
+def _cause(teacher: nn.Module, data: ImageData, ids: Tensor, predicted: Tensor, y: Tensor, least: float) -> str:
+    """What the teacher was made for, if that makes it much better, and right as often as `least`; else empty."""
     few = _some(y, TRIED_ON)
     tried = ids[few.to(ids.device)]
     before = int((predicted[few] == y[few]).sum())
@@ -158,8 +166,8 @@ def _cause(teacher: nn.Module, data: ImageData, ids: Tensor, predicted: Tensor, 
         right.append((int((now == y[few]).sum()), cause))
     best = max(correct for correct, _ in right) if right else 0
     order_is_right, order = _class_order(predicted, y)
-    if not _is_gain(best, before, len(few)) or best / len(few) < order_is_right:
-        return order
+    if not _is_gain(best, before, len(few)) or best / len(few) < max(order_is_right, least):
+        return order if order_is_right >= least else ""
     # Several normalisations can do as well, up to noise; the first is the simplest.
     correct, cause = next(pair for pair in right if pair[0] >= best - len(few) / 100)
     return f"it {cause.says} ({100 * correct / len(few):.1f}% right with them): {cause.fix}"
