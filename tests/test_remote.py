@@ -64,7 +64,7 @@ def test_a_url_without_its_sha256_is_refused_before_the_network_is_touched(serve
 
 def test_another_file_at_the_place_is_refused(server, published):
     server.files["/t/model.safetensors"] += b"x"
-    with pytest.raises(InputError, match="has another file .its sha256 is"):
+    with pytest.raises(InputError, match=r"has another file .its sha256 is"):
         resolve_model(published[0])
 
 
@@ -80,7 +80,7 @@ def test_a_card_of_another_model_is_refused(server, published, tmp_path):
 
 def test_weights_without_a_card_are_said_to_need_an_architecture(server, published):
     del server.files["/t/model.json"]
-    with pytest.raises(InputError, match="without the card model.json .* give the architecture") as error:
+    with pytest.raises(InputError, match=r"without the card model\.json .* give the architecture") as error:
         resolve_model(published[0])
     assert "\n" not in str(error.value)
 
@@ -216,24 +216,24 @@ def test_a_model_folder_comes_from_the_hub_by_two_files_alone(hub, revision, tmp
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, tmp_path):
-    import httpx
     from huggingface_hub import errors
 
-    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
     cases = [
-        (errors.RepositoryNotFoundError("404\n", response=response), InputError, "no such model at the hub"),
-        (errors.RevisionNotFoundError("404\n", response=response), InputError, "no such revision"),
-        (errors.LocalEntryNotFoundError("offline\nor not"), RunError, "cannot be reached, and the model is not in"),
-        (errors.HfHubHTTPError("503 busy\nx", response=response), RunError, "the hub answers 503 busy"),
+        (errors.RepositoryNotFoundError, InputError, "no such model at the hub"),
+        (errors.RevisionNotFoundError, InputError, "no such revision"),
+        (errors.HFValidationError, InputError, "said by the hub"),
+        (errors.LocalEntryNotFoundError, RunError, "cannot be reached, and the model is not in"),
+        (errors.HfHubHTTPError, RunError, "the hub answers said by the hub"),
     ]
     for answer, kind, message in cases:
-        hub.answer = answer
+        hub.answer = answer.__new__(answer)  # what their constructors take depends on the hub's version
+        hub.answer.args = ("said by the hub\nand more",)
         with pytest.raises(kind, match=message) as error:
             resolve_model("hf:owner/name")
         assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
     hub.answer = tmp_path / "empty"
-    with pytest.raises(InputError, match="has no model.json; only model folders of this package"):
+    with pytest.raises(InputError, match=r"has no model\.json; only model folders of this package"):
         resolve_model("hf:owner/name")
     for spec in ("hf:name", "hf:a/b/c", "hf:a/b@", "hf:../x/y"):
         with pytest.raises(InputError, match="is written as hf:owner/name"):

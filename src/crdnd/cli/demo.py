@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import Field
 
-from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, print_json
+from crdnd.cli._common import EpochsOption, FreshOption, JsonOption, RecipeOption, SeedOption, given, print_json
 from crdnd.cli._runs import EVALUATION, current_evaluation, saved_in, test_images, uses_teacher
 from crdnd.config import Frozen, build
 
@@ -60,9 +60,7 @@ def demo_command(
     demo = build(Demo, read_yaml(source), where=str(source))
     for name in demo.attacks:
         load_attack(name)  # a wrong name is said now, not after the training
-    changes: dict[str, Any] = {
-        key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None
-    }
+    changes = given(epochs=epochs, seed=seed)
     if epochs is not None:
         changes["check_teacher"] = False  # cut short, the demo's own teacher may know nothing yet
     teacher = merge(demo.shared, demo.teacher, changes, {"role": "teacher", "out": str(out / "teacher")})
