@@ -13,7 +13,20 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 # The data's way through the package; a layer may import what stands before it.
-BASE = ("errors", "config", "counts", "random", "io", "registry", "provenance", "threat", "losses", "recipes", "models")
+BASE = (
+    "errors",
+    "config",
+    "counts",
+    "random",
+    "io",
+    "registry",
+    "provenance",
+    "download",
+    "threat",
+    "losses",
+    "recipes",
+    "models",
+)
 WAY = ("data", "attacks", "objectives", "engine", "evaluation", "report", "recipe", "cli")
 LAYERS = {**dict.fromkeys(BASE, 0), **{name: rank for rank, name in enumerate(WAY, 1)}}
 # The front door and the command stand above everything.

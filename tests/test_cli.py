@@ -76,10 +76,11 @@ OPTIONS = {
         "--save-every-steps", "--out", "--fresh", "--json",
     },
     "distill": {
-        "--recipe", "--set", "--data", "--data-dir", "--teacher", "--second-teacher", "--model", "--objective",
-        "--eps", "--norm",
-        "--epochs", "--seed", "--save-every-steps", "--out", "--fresh", "--json",
+        "--recipe", "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
+        "--second-teacher-weights", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
+        "--save-every-steps", "--out", "--fresh", "--json",
     },
+    "check-teacher": {"--weights", "--data", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
     "evaluate": {
         "--recipe", "--set", "--weights", "--data", "--data-dir", "--n", "--preset", "--attacks", "--engine",
         "--surrogate", "--eps",

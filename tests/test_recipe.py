@@ -27,7 +27,8 @@ def recipe(out: Path | str = "o", **changes: Any) -> Recipe:
 
 def test_a_recipe_is_the_settings_of_a_run_with_names_for_the_rest():
     assert set(Recipe.model_fields) - set(TrainSettings.model_fields) == {
-        "schema_", "data", "split_seed", "model", "teacher", "second_teacher", "role", "out",
+        "schema_", "data", "split_seed", "model", "teacher", "teacher_weights", "second_teacher",
+        "second_teacher_weights", "role", "out",
     }  # fmt: skip
     assert recipe(objective="crdnd").objective == recipe(objective={"name": "crdnd"}).objective
     assert recipe().threat.eps == 8 / 255
@@ -143,7 +144,8 @@ def test_the_models_normalisation_is_that_of_the_training_images(tmp_path):
 def test_a_recipe_trains_with_a_teacher_or_without(tmp_path):
     teacher = recipe(tmp_path / "teacher", role="teacher").run()
     assert json.loads((teacher.folder / "model.json").read_text())["role"] == "teacher"
-    student = recipe(tmp_path / "student", objective="rslad", attack={"steps": 1}, teacher=str(teacher.folder)).run()
+    own = {"objective": "rslad", "attack": {"steps": 1}, "check_teacher": False}
+    student = recipe(tmp_path / "student", teacher=str(teacher.folder), **own).run()
     card = json.loads((student.folder / "model.json").read_text())
     assert (card["role"], card["teacher_sha256"]) == ("student", weights_sha256(teacher.model))
     with pytest.raises(InputError, match="objective natural uses no teacher"):

@@ -69,11 +69,20 @@ def move_aside(folder: Path) -> Path | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that this package wrote; anything else is an InputError that names the file."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); the file is missing or damaged.") from None
+    return json_object(content, str(path))
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in the content of a file; anything else is an InputError that says where it lies."""
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{where}: cannot be read as JSON ({error}); the file is missing or damaged.") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: is not one of this package's files (a JSON object was expected).")
+        raise InputError(f"{where}: is not one of this package's files (a JSON object was expected).")
     return value
 
 

@@ -27,10 +27,18 @@ class Recipe(TrainSettings):
         default=None, ge=1, description="Of a path to folders of images: they are resized and cropped to such squares."
     )
     model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
-    teacher: str | None = Field(default=None, description="A model folder, .safetensors or package.module:factory.")
+    teacher: str | None = Field(
+        default=None,
+        description="A run or model folder, a file, URL#sha256=..., hf:owner/name, robustbench:NAME, an architecture "
+        "such as wrn,depth=34,width=10, or package.module:factory.",
+    )
+    teacher_weights: str | None = Field(
+        default=None, description="For a teacher that is an architecture or a factory: the file or URL of its weights."
+    )
     second_teacher: str | None = Field(
         default=None, description="Likewise; the naturally trained one of the methods that look at two."
     )
+    second_teacher_weights: str | None = Field(default=None, description="Likewise.")
     role: Literal["teacher", "student"] = Field(
         default="student", description="What the model's card and the result tables call it."
     )
@@ -43,11 +51,14 @@ class Recipe(TrainSettings):
         own = {name: getattr(self, name) for name in TrainSettings.model_fields}
         if self.teacher is not None:
             return distill(
-                model, splits, teacher=self.teacher, second_teacher=self.second_teacher,
-                out=self.out, fresh=fresh, listener=listener, **own,
+                model, splits, teacher=self.teacher, teacher_weights=self.teacher_weights,
+                second_teacher=self.second_teacher, second_teacher_weights=self.second_teacher_weights, out=self.out,
+                fresh=fresh, listener=listener, **own,
             )  # fmt: skip
         if self.second_teacher is not None:
             raise InputError("second_teacher: give the robust one as teacher too.")
+        if self.teacher_weights is not None or self.second_teacher_weights is not None:
+            raise InputError("teacher_weights: there is no teacher that they belong to.")
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
 
     def load_data(self) -> Splits:

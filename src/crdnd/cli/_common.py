@@ -115,6 +115,8 @@ def showing(name: str) -> Generator["Listener"]:
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     log = logging.getLogger("crdnd")
     log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)  # a run does so itself; a download before it is worth a line too
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -132,4 +134,5 @@ def showing(name: str) -> Generator["Listener"]:
 
             yield listen
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)

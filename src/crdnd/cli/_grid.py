@@ -16,7 +16,7 @@ from crdnd.data import Splits
 from crdnd.engine import Validation, make_objective
 from crdnd.engine.settings import differences
 from crdnd.errors import InputError, did_you_mean
-from crdnd.models import read_card
+from crdnd.models import local_model, read_card
 from crdnd.objectives import Sizes
 from crdnd.recipe import Recipe, make_recipe, merge
 from crdnd.report.comparison import NO_TEACHER, Trial, cell_name
@@ -34,7 +34,9 @@ class Spec(Frozen):
     schema_: Literal["crdnd.compare/1"] = Field(default=SCHEMA, alias="schema")
     shared: dict[str, Any] = Field(default={}, description="Settings of all runs; every key is one of a recipe.")
     teachers: dict[str, dict[str, Any]] = Field(
-        default={}, description="A recipe's layers of a teacher to train, or {teacher: FOLDER} for one that exists."
+        default={},
+        description="A recipe's layers of a teacher to train, or {teacher: FOLDER} for one that exists, with "
+        "teacher_weights where it is an architecture or a factory.",
     )
     students: dict[str, dict[str, Any]] = Field(min_length=1)
     objectives: dict[str, dict[str, Any]] = Field(
@@ -81,7 +83,7 @@ class Grid:
     teachers: dict[str, Recipe] = field(default_factory=dict[str, Recipe])
     """Those to be trained."""
     teacher_names: dict[str, str] = field(default_factory=dict[str, str])
-    """The name of the entry, by what recipes call the teacher: its folder, or package.module:factory."""
+    """The name of the entry, by what recipes call the teacher: its folder, or package.module:factory with weights."""
 
 
 def make_grid(spec: Spec, out: Path) -> Grid:
@@ -141,7 +143,9 @@ class _Expansion:
             values = layers | ({"teacher": teacher} if uses_teacher(layers, where) else {})
             for key in TEACHER_KEYS:
                 if key in values:
-                    values[key] = self._teacher(str(values[key]), seed, split_seed, f"{where}.{key}")
+                    name = str(values[key])
+                    values[key] = self._teacher(name, seed, split_seed, f"{where}.{key}")
+                    values[f"{key}_weights"] = self.spec.teachers[name].get("teacher_weights")
             own = folder / f"trial-{number}" if "trials" in entry else folder
             place = {"seed": seed, "split_seed": split_seed, "out": str(own / f"seed-{seed}")}
             found.append(make_recipe(values | place, f"{where} with students.{student}"))
@@ -155,9 +159,13 @@ class _Expansion:
         if name not in self.spec.teachers:
             raise InputError(f"{where}: no such teacher {name!r}{did_you_mean(name, self.spec.teachers)}")
         entry = self.spec.teachers[name]
-        if set(entry) == {"teacher"}:
+        weights = ""
+        if "teacher" in entry:
             source = str(entry["teacher"])
-            _check_existing(name, source, self.spec.shared.get("data", "digits"), split_seed)
+            if entry.get("teacher_weights") is None:
+                _check_existing(name, source, self.spec.shared.get("data", "digits"), split_seed)
+            else:
+                weights = f" with {entry['teacher_weights']}"
         else:
             folder = self.out / "teachers" / name
             own_seed = entry.get("seed", 0)
@@ -167,7 +175,7 @@ class _Expansion:
             recipe = make_recipe(merge(self.spec.shared, entry, place), f"teachers.{name}")
             self.trained.setdefault(_below(self.out, recipe), recipe)
             source = recipe.out
-        self.names[source] = name
+        self.names[source + weights] = name
         return source
 
 
@@ -203,7 +211,7 @@ def _check(spec: Spec) -> None:
             if key in layers:
                 raise InputError(f"{where}.{key}: cannot be set here; {instead}.")
     for name, entry in spec.teachers.items():
-        if "teacher" in entry and len(entry) > 1:
+        if "teacher" in entry and set(entry) - {"teacher", "teacher_weights"}:
             raise InputError(f"teachers.{name}: one that exists is named alone, as {{teacher: FOLDER}}.")
 
 
@@ -236,7 +244,7 @@ def _reserved(spec: Spec, where: str) -> dict[str, str]:
 
 def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     """A teacher that exists is there, and has not seen the test images of its students."""
-    path = Path(source)
+    path = Path(local_model(source))
     if not path.exists() and ":" not in source and "," not in source:
         raise InputError(f"teachers.{name}: {source}: there is no such model.")
     if not has_card(path):

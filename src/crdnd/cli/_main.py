@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from crdnd.cli.check_teacher import check_teacher_command
 from crdnd.cli.compare import compare_command
 from crdnd.cli.data import data_app
 from crdnd.cli.demo import demo_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("train")(train_command)
 app.command("distill")(distill_command)
+app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("recipes")(recipes_command)

@@ -55,7 +55,7 @@ def compare_command(
     ] = None,
     teachers: Annotated[
         list[str] | None,
-        typer.Option("--teacher", help="Model folder, .safetensors or package.module:factory. Repeatable."),
+        typer.Option("--teacher", help="Folder, file, URL#sha256=..., hf:owner/name or package:factory. Repeatable."),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many: 5 runs the seeds 0 to 4.")] = None,
     data: DataOption = None,
@@ -192,6 +192,10 @@ def _student(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _teacher_name(text: str) -> str:
+    from crdnd.models import is_remote, remote_name
+
+    if is_remote(text):
+        return remote_name(text)
     return text.partition(":")[2] if ":" in text and not Path(text).exists() else Path(text).resolve().name
 
 
@@ -376,7 +380,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
     """A cell's numbers, if it is finished and was measured under this protocol."""
     from crdnd.cli._common import has_card
     from crdnd.engine.checkpoint import read_checkpoint
-    from crdnd.models import read_card
+    from crdnd.models import local_model, read_card
     from crdnd.report.comparison import CellResult
 
     recipe = _chosen(cell)
@@ -388,7 +392,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
         card = read_card(folder)
     except InputError:
         return None
-    teacher = Path(recipe.teacher) if recipe.teacher is not None else None
+    teacher = Path(local_model(recipe.teacher)) if recipe.teacher is not None else None
     if teacher is not None and has_card(teacher) and read_card(teacher).sha256 != card.teacher_sha256:
         return None  # the run itself says what is wrong
     fingerprint = protocols[recipe.split_seed].fingerprint
@@ -423,7 +427,7 @@ def _collect(
     """The document of what the folder holds."""
     from crdnd.cli._common import has_card
     from crdnd.cli._grid import choose
-    from crdnd.models import read_card
+    from crdnd.models import local_model, read_card
     from crdnd.provenance import command, commit, package_versions
     from crdnd.report.comparison import CellResult, Choice, Comparison, TeacherRun
 
@@ -463,9 +467,10 @@ def _collect(
                 name=name,
                 seed=trained[source].seed if source in trained else None,
                 source=source,
-                sha256=read_card(Path(source)).sha256 if has_card(Path(source)) else None,
+                sha256=read_card(place).sha256 if has_card(place) else None,
             )
             for source, name in grid.teacher_names.items()
+            for place in [Path(local_model(source))]
             if source not in trained or has_card(Path(source))
         ],
         choices=list(choices.values()),

@@ -15,6 +15,7 @@ from crdnd.cli._common import (
     JsonOption,
     RecipeOption,
     SeedOption,
+    given,
     print_json,
 )
 from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in, uses_teacher
@@ -69,7 +70,9 @@ def demo_command(
     demo = build(Demo, read_yaml(source), where=str(source))
     for name in demo.attacks:
         load_attack(name)  # a wrong name is said now, not after the training
-    changes = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    changes = given(epochs=epochs, seed=seed)
+    if epochs is not None:
+        changes["check_teacher"] = False  # cut short, the demo's own teacher may know nothing yet
     teacher = merge(demo.shared, demo.teacher, changes, {"role": "teacher", "out": str(out / "teacher")})
     recipes = {"teacher": make_recipe(teacher, "teacher")}
     for name, own in demo.students.items():

@@ -36,13 +36,13 @@ def evaluate_command(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Model folder, .safetensors, .pt2, .onnx, package.module:factory, robustbench:NAME, or architecture.",
+            help="Folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:owner/name, architecture, package:factory.",
         ),
     ] = None,
     recipe: RecipeOption = None,
     assignments: SetOption = None,
     weights: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--weights", help="For an architecture or a factory: .safetensors or a weights-only .pt."),
     ] = None,
     data: Annotated[
@@ -105,7 +105,7 @@ def evaluate_command(
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, read_card, resolve_model
+    from crdnd.models import ModelCard, local_model, read_card, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -134,7 +134,8 @@ def evaluate_command(
         )
     spec = str(values["model"])
     network = resolve_model(spec, weights)
-    card = read_card(Path(spec)) if has_card(Path(spec)) else ModelCard(schema="crdnd.model/1")
+    place = Path(spec if weights else local_model(spec))
+    card = read_card(place) if has_card(place) else ModelCard(schema="crdnd.model/1")
     _fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False

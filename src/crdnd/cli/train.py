@@ -73,11 +73,17 @@ def distill_command(
     data: DataOption = None,
     data_dir: DataDirOption = None,
     teacher: Annotated[
-        str | None, typer.Option("--teacher", help="A model folder, a .safetensors file or package.module:factory.")
+        str | None,
+        typer.Option("--teacher", help="Run or model folder, file, URL#sha256=..., hf:owner/name or package:factory."),
+    ] = None,
+    teacher_weights: Annotated[
+        str | None,
+        typer.Option("--teacher-weights", help="For an architecture or factory: its weights' file or URL."),
     ] = None,
     second_teacher: Annotated[
         str | None, typer.Option("--second-teacher", help="Likewise, naturally trained; for methods that look at two.")
     ] = None,
+    second_teacher_weights: Annotated[str | None, typer.Option("--second-teacher-weights", help="Likewise.")] = None,
     model: ModelOption = None,
     objective: ObjectiveOption = None,
     eps: EpsOption = None,
@@ -94,6 +100,9 @@ def distill_command(
     --objective has no default. Judged by the worst case of several attacks, ARD, IAD and RSLAD are the safe choices;
     CRDND as published looks better under PGD than it is (see the README).
 
+    The teacher's natural accuracy on validation images is measured first. At chance level it is refused, with the
+    likely cause (normalisation, [0, 255] inputs, order of channels or classes); `crdnd check-teacher` measures alone.
+
     Examples:
 
         crdnd distill --teacher runs/teacher --objective rslad --model cnn --eps 0.1 --out runs/student
@@ -103,7 +112,8 @@ def distill_command(
         crdnd distill --recipe rslad-cifar10-resnet18-short --teacher runs/teacher --out runs/rslad
     """
     options = given(
-        data=data, teacher=teacher, second_teacher=second_teacher, model__name=model, objective__name=objective,
+        data=data, teacher=teacher, teacher_weights=teacher_weights, second_teacher=second_teacher,
+        second_teacher_weights=second_teacher_weights, model__name=model, objective__name=objective,
         threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)

@@ -6,6 +6,7 @@ from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.loop import Listener, Progress
 from crdnd.engine.run import DataSource, Run, distill, is_finished, load_history, make_objective, train
 from crdnd.engine.settings import Named, TrainSettings
+from crdnd.engine.teacher import TeacherCheck, measure_teacher, some_images
 
 __all__ = [
     "Counts",
@@ -16,6 +17,7 @@ __all__ = [
     "Named",
     "Progress",
     "Run",
+    "TeacherCheck",
     "TrainSettings",
     "Validation",
     "check_model",
@@ -24,5 +26,7 @@ __all__ = [
     "is_finished",
     "load_history",
     "make_objective",
+    "measure_teacher",
+    "some_images",
     "train",
 ]

@@ -10,8 +10,10 @@ from crdnd.data import ImageData, Splits
 from crdnd.errors import InputError, first_line
 from crdnd.models import device_of, evaluating
 
+OTHER_SHAPE = "; a teacher made for other images needs teacher_input=[C, H, W], and the images are then resized for it"
 
-def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: bool = False) -> int:
+
+def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: bool = False, way_out: str = "") -> int:
     """Run a few images through a model and return how many classes it has, or say what is wrong with it.
 
     Args:
@@ -19,6 +21,7 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         data: where the images come from.
         what: what messages call the model.
         probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
+        way_out: what to do about a model that cannot process the images.
     """
     x, _ = data.batch(torch.arange(min(3, len(data)), device=data.device))
     x = x.to(device_of(model))
@@ -26,7 +29,9 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         try:
             logits: Any = model(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise InputError(f"{what}: cannot process images of shape {data.shape}: {first_line(error)}") from None
+            raise InputError(
+                f"{what}: cannot process images of shape {data.shape}: {first_line(error)}{way_out}"
+            ) from None
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise InputError(f"{what}: must return logits (B, K), got {shape} for a batch of {len(x)}.")
@@ -56,6 +61,9 @@ def check_networks(student: nn.Module, teachers: Sequence[nn.Module], data: Imag
     """Check all networks of a run and return how many classes they have."""
     num_classes = check_model(student, data, "student" if teachers else "model")
     for what, teacher in zip(("teacher", "second teacher"), teachers, strict=False):
-        if (found := check_model(teacher, data, what)) != num_classes:
-            raise InputError(f"the {what} has {found} classes and the student {num_classes}; they must agree.")
+        if (found := check_model(teacher, data, what, way_out=OTHER_SHAPE)) != num_classes:
+            raise InputError(
+                f"the {what} has {found} classes and the student {num_classes}; they must agree. The data has "
+                f"{data.num_classes}: take a teacher that was trained on it."
+            )
     return num_classes

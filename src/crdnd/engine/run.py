@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,11 +25,14 @@ from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
+from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
 from crdnd.errors import InputError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
+    Adapted,
     ModelCard,
     Normalized,
+    adapted,
     is_model_folder,
     load_tensors,
     resolve_model,
@@ -109,7 +112,9 @@ def distill(
     data: DataSource,
     *,
     teacher: nn.Module | str | Path,
+    teacher_weights: str | Path | None = None,
     second_teacher: nn.Module | str | Path | None = None,
+    second_teacher_weights: str | Path | None = None,
     out: str | Path,
     fresh: bool = False,
     listener: Listener | None = None,
@@ -120,9 +125,13 @@ def distill(
     Args:
         student: images (B, C, H, W) in [0, 1] -> logits (B, K); its weights are changed.
         data: as for `train`.
-        teacher: a module, a run's or model's folder, a `.safetensors` file or "package.module:factory". It is
-            neither changed nor trained.
+        teacher: a module, or what `resolve_model` takes: a run's or model's folder, a file, its URL with a sha256, a
+            model of the hub, or "package.module:factory". It is neither changed nor trained. Its natural accuracy on
+            validation images is measured first, and at chance level it is refused. Where it says that it was made for
+            images of another shape, or `teacher_input` does, they are resized for it.
+        teacher_weights: a file of weights for a teacher that is given as an architecture or a factory.
         second_teacher: likewise; the naturally trained one of the methods that look at two.
+        second_teacher_weights: likewise.
         out: as for `train`.
         fresh: as for `train`.
         listener: as for `train`.
@@ -131,9 +140,20 @@ def distill(
     Returns:
         The finished run; raises as `train` does.
     """
-    given = [teacher] if second_teacher is None else [teacher, second_teacher]
-    teachers = tuple(one if isinstance(one, nn.Module) else resolve_model(str(one)) for one in given)
-    return _run(student, teachers, data, settings, Path(out), fresh=fresh, role="student", listener=listener)
+    teachers = [_teacher(teacher, teacher_weights, "teacher_weights")]
+    if second_teacher is not None:
+        teachers.append(_teacher(second_teacher, second_teacher_weights, "second_teacher_weights"))
+    elif second_teacher_weights is not None:
+        raise InputError("second_teacher_weights: there is no second_teacher that they belong to.")
+    return _run(student, tuple(teachers), data, settings, Path(out), fresh=fresh, role="student", listener=listener)
+
+
+def _teacher(given: nn.Module | str | Path, weights: str | Path | None, setting: str) -> nn.Module:
+    if not isinstance(given, nn.Module):
+        return resolve_model(str(given), weights)
+    if weights is not None:
+        raise InputError(f"{setting}: the teacher is a module and has weights; load these into it with load_weights.")
+    return given
 
 
 def make_objective(
@@ -193,6 +213,8 @@ def _run(
 ) -> Run:
     settings = build(TrainSettings, values)
     splits = as_splits(data, settings.seed)
+    sha256s = [weights_sha256(teacher) for teacher in teachers]
+    teachers = _adapted(teachers, splits.train, settings)
     num_classes = check_networks(student, teachers, splits.train)
     sizes = Sizes(
         student_features=feature_size(student),
@@ -200,7 +222,6 @@ def _run(
         samples=len(splits.train),
     )
     objective, attack = make_objective(settings, num_classes, teachers=len(teachers), sizes=sizes)
-    sha256s = [weights_sha256(teacher) for teacher in teachers]
     teacher_sha256 = sha256s[0] if sha256s else None
     identity = {
         "data": f"{splits.train.name} {splits.sha256[:16]}",
@@ -209,6 +230,9 @@ def _run(
         "model": _describe(student),
     }
     accelerator = _accelerator(settings, out)
+    # Before anything is written or moved; a run that goes on has it in its file.
+    known = (out / RUN).exists() and not fresh
+    checks = [] if known else _check_teachers(teachers, splits.validation.to(accelerator.device), settings)
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
     with exclusive(out) if accelerator.is_main_process else nullcontext():
@@ -217,13 +241,17 @@ def _run(
             if fresh:
                 aside = move_aside(out)
             _remove_torn_writes(out)
-            _open_run(out, settings, identity)
+            _open_run(out, settings, identity, checks)
         accelerator.wait_for_everyone()
-        threads = _open_run(out, settings, identity)
+        threads = _open_run(out, settings, identity, checks)
         trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
         with _logged(out), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
+            for check in checks if accelerator.is_main_process else ():
+                log.info("%s", check)
+                if check.warning:
+                    log.warning("%s", check.warning)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             reused = is_finished(out)
             trainer.fit()
@@ -232,6 +260,29 @@ def _run(
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
         accelerator.wait_for_everyone()
         return run
+
+
+def _adapted(teachers: tuple[nn.Module, ...], data: ImageData, settings: TrainSettings) -> tuple[nn.Module, ...]:
+    """The teachers, behind a change of the images' shape where they were made for another one."""
+    if settings.teacher_input is not None and not teachers:
+        raise InputError("teacher_input: there is no teacher.")
+    channels, height, width = data.shape
+    # A second one says itself what it was made for, or takes what comes.
+    wanted = {"teacher": settings.teacher_input, "second teacher": None}
+    return tuple(
+        adapted(one, (channels, height, width), wanted[what], what) for what, one in zip(wanted, teachers, strict=False)
+    )
+
+
+def _check_teachers(teachers: Sequence[nn.Module], data: ImageData, settings: TrainSettings) -> list[TeacherCheck]:
+    """Measure the teachers, on the device of the data."""
+    roles: tuple[Role, Role] = ("teacher", "second teacher")
+    if settings.check_teacher:
+        return [measure_teacher(one.to(data.y.device), data, role) for one, role in zip(teachers, roles, strict=False)]
+    return [
+        TeacherCheck(role=role, input=one.wanted if isinstance(one, Adapted) else None)
+        for one, role in zip(teachers, roles, strict=False)
+    ]
 
 
 def _describe(model: nn.Module) -> str:
@@ -252,7 +303,7 @@ def _resolved(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -> int:
+def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck]) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
     chosen = _resolved(settings)
     if not (out / RUN).exists():
@@ -263,6 +314,7 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any]) -
             "schema": SCHEMA,
             "settings": chosen,
             "identity": identity,
+            "teachers": [check.model_dump(mode="json") for check in checks],
             "threads": threads,
             "versions": provenance.package_versions(),
             "commit": provenance.commit(),

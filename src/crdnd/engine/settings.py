@@ -149,6 +149,12 @@ class TrainSettings(Frozen):
     repair: bool = Field(
         default=False, description="Swap a wrong teacher's largest logit and that of the label, on x and on x'."
     )
+    check_teacher: bool = Field(
+        default=True, description="Measure teachers on validation images first, and refuse those at chance level."
+    )
+    teacher_input: tuple[int, int, int] | None = Field(
+        default=None, description="(C, H, W) of the images that the teacher was made for, where it does not say itself."
+    )
     augmentation: Augmentation | tuple[AugmentationPhase, ...] = Field(
         default="none",
         description="What is done to the images: none, shift (digits), crop_flip, cropshift, random_erasing, "
@@ -220,7 +226,7 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers"})
+FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

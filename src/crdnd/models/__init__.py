@@ -1,6 +1,7 @@
 """Models from pixels in [0, 1] to logits. One file, one architecture; any other `torch.nn.Module` will do as well."""
 
 from crdnd import registry
+from crdnd.models._adapted import Adapted, adapted, input_shape
 from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
 from crdnd.models._exported import ExportedModel
 from crdnd.models._extras import TIMM
@@ -16,28 +17,35 @@ from crdnd.models._folder import (
     weights_sha256,
 )
 from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
+from crdnd.models._remote import is_remote, local_model, remote_name
 from crdnd.models._spec import parse_spec
 
 __all__ = [
     "TIMM",
+    "Adapted",
     "Architecture",
     "ExportedModel",
     "ModelCard",
     "Normalized",
     "OnnxModel",
+    "adapted",
     "create_model",
     "device_of",
     "evaluating",
     "has_gradients",
+    "input_shape",
     "is_model_folder",
+    "is_remote",
     "load_model",
     "load_tensors",
     "load_weights",
+    "local_model",
     "model_names",
     "parameter_count",
     "parse_spec",
     "parse_tensors",
     "read_card",
+    "remote_name",
     "resolve_model",
     "save_model",
     "state",

@@ -104,6 +104,12 @@ class ExportedModel(nn.Module):
             else:
                 self.register_buffer(name, value)
 
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of its images, where they are fixed."""
+        channels, height, width = self._sizes[1:]
+        return None if channels is None or height is None or width is None else (channels, height, width)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1]; a fixed batch size is served in padded parts."""
         check_image_shape(x, self._sizes)

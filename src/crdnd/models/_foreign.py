@@ -19,6 +19,7 @@ from crdnd.models._extras import ROBUSTBENCH, robustbench_model
 from crdnd.models._folder import load_model, load_tensors, parse_tensors, state
 from crdnd.models._named import fit, is_architecture, named_model
 from crdnd.models._published import unwrapped
+from crdnd.models._remote import is_remote, local_model, local_weights, remote_name
 from crdnd.models._spec import parse_spec
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -60,6 +61,12 @@ class OnnxModel(nn.Module):
                 "export a model of images (B, C, H, W) in float32."
             )
 
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of its images, where they are fixed."""
+        channels, height, width = self._sizes[1:]
+        return None if channels is None or height is None or width is None else (channels, height, width)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1], detached, on the device of the images."""
         check_image_shape(x, self._sizes)
@@ -85,30 +92,36 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     Args:
         spec: one of these, the first that fits:
             a model folder or its `.safetensors` file, an exported program (`.pt2`) or an ONNX file (`.onnx`);
+            `https://...#sha256=...` for such a file in the web, or `hf:owner/name[@revision]` for a model folder at the
+            Hugging Face hub, downloaded once;
             `robustbench:NAME`, a model of RobustBench, which downloads it;
             an architecture with its settings, such as `wrn,depth=34,width=10` or `timm:NAME`, for weights of others;
             `package.module:factory`, which is the user's own code and is called without arguments.
-        weights: for an architecture or a factory, the file with the weights: `.safetensors`, or a `.pt`, `.pth`, `.bin`
-            or `.ckpt` with a state dict; for a factory also a folder that this package wrote. `wrn,weights=FILE` says
-            the same.
+        weights: for an architecture or a factory, the file with the weights, here or in the web: `.safetensors`, or a
+            `.pt`, `.pth`, `.bin` or `.ckpt` with a state dict; for a factory also a folder that this package wrote.
+            `wrn,weights=FILE` says the same.
 
     Raises:
         InputError: there is no such model, a file is damaged, contains code or belongs to another architecture.
+        RunError: it lies in the web, and cannot be reached.
     """
-    path = Path(spec)
-    if not path.exists():
+    remote = is_remote(spec)
+    path = Path(remote_name(spec) if remote else spec)
+    if not remote and not path.exists():
         return _resolve_name(spec, weights)
     if weights is not None:
         raise InputError(
             "weights: belong to a model given as package.module:factory or by its architecture; "
             f"{spec} is a file with weights of its own."
         )
-    suffix = path.suffix.lower() if path.is_file() else ""
+    suffix = path.suffix.lower() if remote or path.is_file() else ""
     if suffix in PICKLED:
         raise InputError(
             f"{spec}: is a file of weights without an architecture; give the model by its architecture, such as "
             f"wrn,depth=34,width=10, or as package.module:factory and this file as --weights {spec}."
         )
+    if remote:
+        return resolve_model(local_model(spec))
     if suffix == ".pt2":
         return read_exported(path)
     if suffix == ".onnx":
@@ -123,6 +136,7 @@ def _resolve_name(spec: str, weights: str | Path | None) -> nn.Module:
         if weights is not None:
             raise InputError(f"weights: {spec} names them already; leave --weights away.")
         weights = str(settings.pop("weights"))
+    weights = None if weights is None else local_weights(str(weights))
     if name.startswith(ROBUSTBENCH):
         if weights is not None:
             raise InputError(f"weights: {name} has weights of its own.")
