@@ -152,6 +152,19 @@ def test_the_next_source_goes_on_with_what_the_first_one_gave(host, tmp_path):
     assert host.asked == [("cut", "bytes=777-"), ("plain", "bytes=777-")]
 
 
+def test_a_web_page_costs_nothing_of_what_was_loaded(host, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:777])
+    assert download(host.source("file.bin", CONTENT, "page", "plain"), tmp_path).read_bytes() == CONTENT
+    assert host.asked == [("page", "bytes=777-"), ("plain", "bytes=777-")]
+
+
+def test_a_folder_that_cannot_be_written_is_not_taken_for_a_bad_source(host, tmp_path):
+    (tmp_path / "file.bin.part").mkdir()
+    with pytest.raises(InputError, match=r"file\.bin\.part: cannot be written"):
+        download(host.source("file.bin", CONTENT, "plain", "unsized"), tmp_path)
+    assert len(host.asked) == 1
+
+
 def test_no_source_is_one_line_with_what_each_one_said(host, tmp_path):
     source = host.source("file.bin", CONTENT, "gone", "other", "page")
     said = r"file\.bin: no source gave the whole file \(.*gone.*HTTP 404.*other.*another checksum.*page.*a web page"
