@@ -130,6 +130,8 @@ def _grow(url: str, part: Path, source: Source, listener: Listener | None) -> st
             return None  # the checksum says whether it is the file
         try:
             failure = _load(url, part, before, source, listener)
+        except InputError:
+            raise  # the folder cannot be written
         except (OSError, http.client.HTTPException, ValueError) as error:
             failure = first_line(error)
         if _size(part) <= before:
@@ -156,18 +158,17 @@ def _load(url: str, part: Path, before: int, source: Source, listener: Listener 
         length = response.headers.get("Content-Length")
         if length is not None and before + int(length) != source.size:
             return f"it offers {before + int(length)} bytes instead of {source.size}"
+        piece = response.read(PIECE)
+        if not before and (page := looks_like_a_page(piece)):
+            return f"it sends {page}"
         with _opened(part, "ab" if goes_on else "wb") as file:
             done = before
-            while done <= source.size and (piece := response.read(PIECE)):
-                if not done and (page := looks_like_a_page(piece)):
-                    return f"it sends {page}"
+            while piece and done <= source.size:
                 _written(file, piece, part)
                 done += len(piece)
                 if listener is not None:
                     listener(source.file, done, source.size)
-    if done > source.size:
-        part.unlink()
-        return f"it sends more than {source.size} bytes"
+                piece = response.read(PIECE)
     return None
 
 
