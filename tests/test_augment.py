@@ -129,6 +129,27 @@ def test_a_soft_label_is_a_distribution_with_the_own_class_on_top(kind):
     assert (target.gather(1, y.roll(-1)[:, None])[~same, 0] > 0).float().mean() > 0.9
 
 
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", ["cutmix", "mixup", "random_erasing"])
+def test_a_plus_does_one_after_the_other_with_draws_of_their_own(last):
+    x, y, draws = images(13, (3, 9, 8)), labels(13), stream(13)
+    both, target = augment(x, y, CLASSES, f"crop_flip + {last}", draws)
+    first = augmented(x, "crop_flip", draws.child("before", 0))
+    assert not torch.equal(first, augmented(x, "crop_flip", draws)), "twice the same draws would move by even steps"
+    expected, of_expected = augment(first, y, CLASSES, last, draws)
+    assert torch.equal(both, expected)
+    assert torch.equal(target, of_expected)
+
+
+def test_bytes_may_go_through_several():
+    x = (images(7, (3, 9, 8)) * 255).round().to(torch.uint8)
+    for kind in ("crop_flip+mixup", "idbh_weak+cutmix", "shift+none"):
+        got = augmented(x, kind, stream(7))
+        torch.testing.assert_close(got, augmented(x.float() / 255, kind, stream(7)), rtol=0, atol=1e-6)
+
+
 # --- none, shift, crop_flip -------------------------------------------------------------------------------------------
 
 
@@ -514,6 +535,9 @@ def test_augmentations_survive_being_written_and_read(augmentation):
 
 REFUSED = [
     ("shfit", r"augmentation: unknown augmentation 'shfit'; did you mean 'shift'\? Available: crop_flip, cropshift, "),
+    ("crop_flip+shfit", "augmentation: unknown augmentation 'shfit'; did you mean 'shift'"),
+    ("mixup+crop_flip", r"augmentation: mixup mixes samples and comes last, .*; write crop_flip\+mixup"),
+    ("crop_flip+", "augmentation: unknown augmentation ''"),
     (3, "augmentation: write a name, or phases as .*, got 3"),
     ([], r"augmentation: write a name, or phases as .*, got \[\]"),
     ({"name": "shift"}, "augmentation: write a name, or phases as "),

@@ -6,7 +6,7 @@ One file, one named data set.
 from pathlib import Path
 
 from crdnd import registry
-from crdnd.data._augment import Augmentation, augment
+from crdnd.data._augment import Augmentation, augment, augmentation_names
 from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified
 from crdnd.data._files import LAYOUTS, read_images, refuse_image_size
 from crdnd.data._hub import PREFIX, read_hub
@@ -25,6 +25,7 @@ __all__ = [
     "StreamedData",
     "as_data",
     "augment",
+    "augmentation_names",
     "data_folder",
     "data_names",
     "load_data",

@@ -6,20 +6,34 @@ Zhang et al. (arXiv 1710.09412); CutMix: Yun et al. (arXiv 1905.04899).
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crdnd.data._base import in_unit_range
+from crdnd.errors import did_you_mean
 from crdnd.random import Stream
 
 Augmentation = Literal["none", "shift", "crop_flip", "cropshift", "random_erasing", "idbh_weak", "mixup", "cutmix"]
 
 
-def augment(x: Tensor, y: Tensor, num_classes: int, kind: Augmentation, stream: Stream) -> tuple[Tensor, Tensor]:
-    """Augment a batch.
+def augmentation_names(kind: str) -> tuple[Augmentation, ...]:
+    """The names in `crop_flip+cutmix`, or a ValueError: one is unknown, or something follows a mixture."""
+    names = tuple(name.strip() for name in kind.split("+"))
+    for name in names:
+        if name not in _ALONE and name not in _MIXED:
+            raise ValueError(f"unknown augmentation {name!r}{did_you_mean(name, get_args(Augmentation))}")
+    for before, after in pairwise(names):
+        if before in _MIXED:
+            raise ValueError(f"{before} mixes samples and comes last, so nothing follows it; write {after}+{before}.")
+    return cast("tuple[Augmentation, ...]", names)
+
+
+def augment(x: Tensor, y: Tensor, num_classes: int, kind: str, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Augment a batch. One after the other with a plus between, such as `crop_flip+cutmix`; mixtures come last.
 
     - none: as it is.
     - shift: moved by up to 1 pixel each way, zeros come in.
@@ -45,20 +59,26 @@ def augment(x: Tensor, y: Tensor, num_classes: int, kind: Augmentation, stream: 
         x: images (B, C, H, W), floating point in [0, 1] or uint8 in 0 .. 255: the latter cost less to move.
         y: labels, int64 (B,).
         num_classes: K.
-        kind: which of the above.
+        kind: which of the above, with a plus between where there are several.
         stream: draws for these samples.
 
     Returns:
         Images of the same shape in [0, 1], of the same type or float32 for uint8, and targets: y itself, or for mixup
         and cutmix soft labels (B, K) in the type of the images.
     """
-    if kind not in _MOVING:
-        x = in_unit_range(x)
-    if kind in _MIXED:
-        mixed, share = _MIXED[kind](x, stream)
-        own, other = F.one_hot(y, num_classes).to(x.dtype), F.one_hot(y.roll(-1), num_classes).to(x.dtype)
-        return mixed, share[:, None] * own + (1 - share[:, None]) * other
-    return in_unit_range(_ALONE[kind](x, stream)), y
+    *before, last = augmentation_names(kind)
+    for number, name in enumerate(before):
+        x = _alone(x, name, stream.child("before", number))
+    if last not in _MIXED:
+        return in_unit_range(_alone(x, last, stream)), y
+    x = in_unit_range(x)
+    mixed, share = _MIXED[last](x, stream)
+    own, other = F.one_hot(y, num_classes).to(x.dtype), F.one_hot(y.roll(-1), num_classes).to(x.dtype)
+    return mixed, share[:, None] * own + (1 - share[:, None]) * other
+
+
+def _alone(x: Tensor, kind: Augmentation, stream: Stream) -> Tensor:
+    return _ALONE[kind](x if kind in _MOVING else in_unit_range(x), stream)
 
 
 # Places

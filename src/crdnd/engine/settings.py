@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from crdnd.config import Frozen, build, parse_number
-from crdnd.data import Augmentation
-from crdnd.errors import did_you_mean
+from crdnd.data import augmentation_names
 from crdnd.objectives import AttackLoss, TrainingAttack
 from crdnd.threat import ThreatModel
 
@@ -67,15 +66,14 @@ class ScheduleSettings(Frozen):
 
 
 def _known_augmentation(value: Any) -> Any:
-    if value not in get_args(Augmentation):
-        raise ValueError(f"unknown augmentation {value!r}{did_you_mean(str(value), get_args(Augmentation))}")
+    augmentation_names(str(value))
     return value
 
 
 class AugmentationPhase(Frozen):
     """An augmentation for a part of the run."""
 
-    name: Augmentation = Field(description="The augmentation.")
+    name: str = Field(description="The augmentation.")
     until: float | None = Field(
         default=None, gt=0, lt=1, description="Where the phase ends, as a fraction of the run; the last ends with it."
     )
@@ -155,10 +153,10 @@ class TrainSettings(Frozen):
     teacher_input: tuple[int, int, int] | None = Field(
         default=None, description="(C, H, W) of the images that the teacher was made for, where it does not say itself."
     )
-    augmentation: Augmentation | tuple[AugmentationPhase, ...] = Field(
+    augmentation: str | tuple[AugmentationPhase, ...] = Field(
         default="none",
         description="What is done to the images: none, shift (digits), crop_flip, cropshift, random_erasing, "
-        "idbh_weak, mixup or cutmix (see `crdnd.data.augment`); or phases, such as "
+        "idbh_weak, mixup or cutmix (see `crdnd.data.augment`); several as crop_flip+cutmix; or phases, such as "
         "[{name: cropshift, until: 0.5}, {name: idbh_weak}]. An epoch has the phase in which it begins.",
     )
     validate_every: int = Field(
@@ -189,7 +187,7 @@ class TrainSettings(Frozen):
             raise ValueError("ema and swa are two ways to average the weights; choose one.")
         return self
 
-    def augmentation_at(self, progress: float) -> Augmentation:
+    def augmentation_at(self, progress: float) -> str:
         """The augmentation of an epoch that begins when this much of the run is done, in [0, 1)."""
         if isinstance(self.augmentation, str):
             return self.augmentation
