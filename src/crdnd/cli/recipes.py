@@ -49,11 +49,13 @@ def recipes_command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*entries[0], box=box.SIMPLE_HEAD)
+    # The name says method, data and student.
+    columns = ("name", "epochs", "paper")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for column in table.columns[:-1]:  # the paper's has the words to wrap
         column.no_wrap = True
     for entry in entries:
-        table.add_row(*(str(value) for value in entry.values()))
+        table.add_row(*(str(entry[key]) for key in columns))
     Console().print(table)
     print("NAME-short is the same recipe with 30 epochs. A recipe names no teacher: give it with --teacher.")
 
