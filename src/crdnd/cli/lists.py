@@ -26,6 +26,8 @@ def list_command(
         "presets": _presets,
         "models": _models,
     }
+    if kind in ("datasets", "data"):
+        raise InputError("list: data sets have a command of their own, `crdnd data list`.")
     if kind not in listings:
         raise InputError(f"unknown list {kind!r}{did_you_mean(kind, listings)}")
     entries = listings[kind]()
