@@ -12,7 +12,7 @@ from crdnd.cli._common import has_card
 from crdnd.cli._runs import uses_teacher
 from crdnd.config import Frozen
 from crdnd.counts import Count
-from crdnd.data import Splits
+from crdnd.data import Splits, data_names, load_info
 from crdnd.engine import Validation, make_objective
 from crdnd.engine.settings import differences
 from crdnd.errors import InputError, did_you_mean
@@ -250,7 +250,8 @@ def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     if not has_card(path):
         return
     card = read_card(path)
-    if card.data == data and card.split_seed != split_seed:
+    draws_test = card.data in data_names() and load_info(card.data).draws_test
+    if draws_test and card.data == data and card.split_seed != split_seed:
         raise InputError(
             f"teachers.{name}: was trained on split {card.split_seed} of {data} and has seen test images of split "
             f"{split_seed}; write splits: fixed and shared: {{split_seed: {card.split_seed}}}, or have it trained here."

@@ -158,6 +158,8 @@ class DataInfo:
     citation: str
     files: FileSet | None = None
     """How it lies in files; None for one that comes with a package."""
+    draws_test: bool = False
+    """Whether its test images differ from split to split, because nobody published any."""
 
 
 def held_out(train: ImageData, test: ImageData | None, split_seed: int) -> Splits:

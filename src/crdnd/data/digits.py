@@ -17,6 +17,7 @@ INFO = DataInfo(
     licence="CC BY 4.0",
     citation="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits. UCI Machine Learning Repository, "
     "1998. doi:10.24432/C50P49",
+    draws_test=True,
 )
 
 SIZES = (1147, 200, 450)
