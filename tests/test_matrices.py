@@ -145,6 +145,9 @@ NO_CHAINS = {
     "a pool between": lambda: nn.Sequential(
         convolution(3, 4), nn.ReLU(), nn.AvgPool2d(2), convolution(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(48, 6)
     ),
+    "a norm before": lambda: nn.Sequential(
+        nn.BatchNorm2d(3), convolution(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(252, 6)
+    ),
     "groups": lambda: nn.Sequential(convolution(3, 6, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(378, 6)),
     "a residual": lambda: create_model("resnet18", input_shape=(3, 9, 7), num_classes=6, width=1),
 }

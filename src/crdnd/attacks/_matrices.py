@@ -254,7 +254,9 @@ class _Reader:
         if isinstance(layer, nn.Conv2d):
             return self._convolves(layer)
         if isinstance(layer, nn.BatchNorm2d):
-            return layer.running_mean is not None and self._scales(lambda: _of_norm(layer))
+            # Before a convolution its scale may become 0, by which `product` divides.
+            known = layer.running_mean is not None and self._convolution is not None
+            return known and self._scales(lambda: _of_norm(layer))
         if layer in (operator.sub, operator.truediv) and isinstance(node.args[1], fx.Node):
             value = operator.attrgetter(str(node.args[1].target))(self._model)
             by_channel = value.ndim == 4 and value.shape[1] == value.numel()
