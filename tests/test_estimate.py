@@ -202,7 +202,7 @@ def test_data_that_is_there_is_used_itself(capsys):
         (("mtard-cifar10-resnet18", *SMALL, "--teacher-model", "cnn"), "teacher: mtard looks at 2, given are 1"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cnn,2"), "--teacher-model cnn,2: write it as cnn, or"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cn"), "unknown model 'cn'; did you mean 'cnn'?"),
-        (("rslad-cifar10-resnet18", *SMALL, "--data", "cifr10"), "unknown data set 'cifr10'"),
+        (("rslad-cifar10-resnet18", *SMALL, "--data", "cifr10"), "data: 'cifr10' is neither a data set nor a path"),
         (("--model", "cnn", "--eps", "0.1"), "objective: this setting is required"),
         (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
     ],
