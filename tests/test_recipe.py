@@ -27,7 +27,7 @@ def recipe(out: Path | str = "o", **changes: Any) -> Recipe:
 
 def test_a_recipe_is_the_settings_of_a_run_with_names_for_the_rest():
     assert set(Recipe.model_fields) - set(TrainSettings.model_fields) == {
-        "schema_", "data", "split_seed", "model", "teacher", "teacher_weights", "second_teacher",
+        "schema_", "data", "split_seed", "image_size", "model", "teacher", "teacher_weights", "second_teacher",
         "second_teacher_weights", "role", "out",
     }  # fmt: skip
     assert recipe(objective="crdnd").objective == recipe(objective={"name": "crdnd"}).objective
