@@ -18,6 +18,7 @@ from crdnd.config import build
 from crdnd.evaluation import PRESETS, TABLE_ATTACKS, Results, load_adversarial, make_protocol
 from crdnd.models import model_names, weights_sha256
 from crdnd.objectives import objective_names
+from crdnd.recipe import Recipe
 from crdnd.threat import ThreatModel
 
 torch.set_num_threads(1)  # networks this small wait for their threads more than they compute
@@ -80,7 +81,7 @@ OPTIONS = {
         "--second-teacher-weights", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
         "--save-every-steps", "--out", "--fresh", "--json",
     },
-    "check-teacher": {"--weights", "--data", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
+    "check-teacher": {"--weights", "--data", "--data-dir", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
     "evaluate": {
         "--recipe", "--set", "--weights", "--data", "--data-dir", "--n", "--preset", "--attacks", "--engine",
         "--surrogate", "--eps",
@@ -89,15 +90,16 @@ OPTIONS = {
     "compare": {
         "--recipe", "--set", "--objectives", "--student", "--teacher", "--seeds", "--data", "--data-dir", "--eps",
         "--norm",
-        "--epochs", "--preset", "--baseline", "--out", "--jobs", "--fresh", "--json",
+        "--epochs", "--preset", "--n", "--baseline", "--out", "--jobs", "--fresh", "--json",
     },
     "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
     "recipes": {"--json"},
     "estimate": {
-        "--set", "--data", "--teacher", "--second-teacher", "--teacher-model", "--model", "--objective", "--eps",
-        "--norm", "--epochs", "--json",
+        "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
+        "--second-teacher-weights", "--teacher-model", "--model", "--objective", "--eps", "--norm", "--epochs",
+        "--json",
     },
     "doctor": {"--json"},
     "data list": {"--data-dir", "--json"},
@@ -116,6 +118,28 @@ def test_commands_and_options_have_the_names_that_users_script_against():
         for name, command in commands.items()
     }
     assert found == OPTIONS
+
+
+FORMS = (
+    "folder", ".safetensors", ".pt2", ".onnx", "URL#sha256=...", "hf:OWNER/NAME", "robustbench:NAME",
+    "wrn,depth=34,width=10", "package.module:factory",
+)  # fmt: skip
+
+
+def test_whatever_takes_a_model_says_all_that_a_model_may_be():
+    commands = dict(typer.main.get_command(_main.app).commands)
+    takers = {
+        "evaluate": "model", "check-teacher": "teacher", "distill": "teacher", "compare": "teachers",
+        "estimate": "teacher",
+    }  # fmt: skip
+    said = {
+        f"{command} {name}": next(entry.help for entry in commands[command].params if entry.name == name)
+        for command, name in takers.items()
+    }
+    said["recipe"] = Recipe.model_fields["teacher"].description
+    assert {taker: [form for form in FORMS if form not in text] for taker, text in said.items()} == {
+        taker: [] for taker in said
+    }
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -1,6 +1,8 @@
 """Downloads from a server on this machine that can be told to misbehave."""
 
 import hashlib
+import io
+import socket
 import threading
 from pathlib import Path
 
@@ -103,12 +105,29 @@ def test_another_size_is_refused_before_it_is_loaded(server, target, size):
     assert nothing_but(target)
 
 
-def test_a_web_page_is_said_to_be_one(server, target):
-    server.kind = "text/html; charset=utf-8"
+def test_a_file_whose_length_the_server_does_not_say_is_read_to_its_end_and_no_further_than_its_size(server, target):
+    server.sized = False
+    download(server.url, target, sha256=SHA)
+    assert target.read_bytes() == CONTENT
+    server.content = CONTENT * 2
+    target.unlink()
+    with pytest.raises(InputError, match=f"another file .more than {len(CONTENT)} bytes"):
+        download(server.url, target, sha256=SHA, size=len(CONTENT))
+    assert nothing_but(target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("text/html; charset=utf-8", CONTENT), (None, b"\n<!DOCTYPE html><html>too many"), (None, b"<HTML>")],
+)
+def test_a_web_page_is_said_to_be_one_and_costs_nothing_of_what_was_loaded(server, target, kind, content):
+    server.kind, server.content, server.ranges = kind, content, False
+    target.parent.mkdir()
+    target.with_name("file.bin.part").write_bytes(CONTENT[:77])
     with pytest.raises(InputError, match="sends a web page instead of the file") as error:
         download(server.url, target, sha256=SHA)
     assert "\n" not in str(error.value)
-    assert nothing_but(target)
+    assert target.with_name("file.bin.part").read_bytes() == CONTENT[:77]
 
 
 def test_the_next_source_is_asked_where_one_fails(server, target):
@@ -119,6 +138,51 @@ def test_the_next_source_is_asked_where_one_fails(server, target):
     target.unlink()
     with pytest.raises(InputError, match=r"answers 404.*answers 403.*by hand"):
         download([server.url, server.url], target, sha256=SHA)
+
+
+def dead_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/file.bin"
+
+
+def test_every_source_is_asked_before_any_is_waited_for(server, target, monkeypatch):
+    slept = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    server.cuts = [1000, 0]
+    download([dead_address(), server.url + "?a", server.url + "?b"], target, sha256=SHA)
+    assert target.read_bytes() == CONTENT
+    assert list(zip(server.paths, server.asked, strict=True)) == [
+        ("/file.bin?a", None), ("/file.bin?a", "bytes=1000-"), ("/file.bin?b", "bytes=1000-"),
+    ]  # fmt: skip
+    assert not any(slept)
+
+
+def test_a_source_that_has_nothing_is_not_asked_again_and_one_that_may_have_it_is(server, target):
+    server.states = [404, 503, 503, 503]
+    with pytest.raises(RunError, match=r"a answers 404.*b answers 503.*the same command goes on.*by hand") as error:
+        download([server.url + "?a", server.url + "?b"], target, sha256=SHA)
+    assert "\n" not in str(error.value)
+    assert server.paths == ["/file.bin?a"] + ["/file.bin?b"] * 3
+
+
+def test_a_folder_that_cannot_be_written_is_not_taken_for_a_bad_source(server, target):
+    target.with_name("file.bin.part").mkdir(parents=True)
+    server.ranges = False
+    with pytest.raises(InputError, match=r"file\.bin\.part: cannot be written"):
+        download([server.url, server.url], target, sha256=SHA)
+    assert len(server.asked) == 1
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_source(server, target, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_opened", lambda *_: Full())
+    with pytest.raises(RunError, match="the disk is full"):
+        download([server.url, server.url], target, sha256=SHA)
+    assert len(server.asked) == 1
 
 
 def test_a_busy_server_is_asked_again(server, target):

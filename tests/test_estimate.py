@@ -3,12 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from crdnd import InputError
+from crdnd import InputError, create_model
 from crdnd.cli import main
-from crdnd.data import ImageData, Splits
+from crdnd.data import ImageData, Splits, StreamedData
 from crdnd.engine import Counts, cost, estimate
 from crdnd.engine.loop import Trainer
 from support import CLASSES, SHAPE, Recorder, TinyNet
@@ -129,6 +130,20 @@ def test_averaged_weights_cost_a_pass_over_the_training_images_at_every_validati
     assert averaged.validation_seconds == pytest.approx(plain.validation_seconds + 0.25 * 200 / 48)
 
 
+def test_a_teacher_with_random_weights_is_not_judged_and_streamed_data_are_decoded(tmp_path):
+    (tmp_path / "image").write_bytes(b"any")
+    pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE[1:], SHAPE[0]), dtype=np.uint8)
+
+    def part(count: int) -> StreamedData:
+        x = torch.empty((count, *SHAPE), dtype=torch.uint8, device="meta")
+        y = torch.arange(count) % CLASSES
+        return StreamedData(x, y, CLASSES, root=tmp_path, files=["image"] * count, decode=lambda _: pixels)
+
+    data = Splits(part(200), part(60))
+    found = estimate(network(), data, teachers=[network(1)], clock=Clock(1.0), **PLAIN | {"objective": "rslad"})
+    assert found.steps_per_epoch == 200 // 48
+
+
 def test_nothing_is_left_behind_and_what_a_run_refuses_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     estimate(network(), splits(), teachers=[network(1)], clock=Clock(1.0), **PLAIN | {"objective": "rslad"})
@@ -195,6 +210,18 @@ def test_data_that_is_there_is_used_itself(capsys):
     assert (found["made_up_images"], found["extrapolated"], found["steps_per_epoch"]) == (False, False, 1147 // 128)
 
 
+@pytest.mark.usefixtures("few")
+def test_a_teacher_is_an_architecture_with_weights_too(capsys, tmp_path):
+    teacher = create_model("cnn", input_shape=(1, 8, 8), num_classes=10, width=3)
+    torch.save(teacher.state_dict(), tmp_path / "w.pt")
+    given = ("--objective", "rslad", "--eps", "0.1", *SMALL, "--teacher", "cnn,width=3,size=8")
+    status, out, err = run(capsys, *given, "--teacher-weights", str(tmp_path / "w.pt"))
+    assert (status, err) == (0, "")
+    assert "steps of 128 images, " in out
+    status, _, err = run(capsys, *given)
+    assert (status, "is an architecture without weights" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,7 +229,7 @@ def test_data_that_is_there_is_used_itself(capsys):
         (("mtard-cifar10-resnet18", *SMALL, "--teacher-model", "cnn"), "teacher: mtard looks at 2, given are 1"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cnn,2"), "--teacher-model cnn,2: write it as cnn, or"),
         (("rslad-cifar10-resnet18", *SMALL, "--teacher-model", "cn"), "unknown model 'cn'; did you mean 'cnn'?"),
-        (("rslad-cifar10-resnet18", *SMALL, "--data", "cifr10"), "unknown data set 'cifr10'"),
+        (("rslad-cifar10-resnet18", *SMALL, "--data", "cifr10"), "data: 'cifr10' is neither a data set nor a path"),
         (("--model", "cnn", "--eps", "0.1"), "objective: this setting is required"),
         (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
     ],

@@ -227,8 +227,9 @@ def test_a_comparison_shares_the_settings_of_a_recipe_but_for_its_method_and_att
 
 def test_a_comparison_takes_a_recipes_teacher(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(values("ard-cifar10-mobilenet_v2") | {"teacher": "some:where", "out": "o"}))
+    teacher = {"teacher": "some:where", "teacher_weights": "w.pt"}
+    file.write_text(yaml.safe_dump(values("ard-cifar10-mobilenet_v2") | teacher | {"out": "o"}))
     spec = _spec(file, [], {}, {}, None, [], [])
-    assert spec.teachers == {"teacher": {"teacher": "some:where"}}
+    assert spec.teachers == {"teacher": teacher}
     assert spec.splits == "fixed"
-    assert not {"teacher", "out"} & set(spec.shared)
+    assert not {*teacher, "out"} & set(spec.shared)

@@ -126,7 +126,7 @@ def test_a_teacher_of_normalised_images_is_named_with_the_numbers_that_mend_it(o
     assert measure_teacher(mended, VALIDATION).natural.percent > 90
 
 
-@pytest.mark.parametrize("name", ["CIFAR-10", "CIFAR-100", "ImageNet"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet"])
 def test_the_usual_normalisations_are_among_those_tried(name):
     from crdnd.engine.teacher import NORMALISATIONS
 

@@ -8,7 +8,8 @@ class Server:
     """Serves `files` by their path, and `content` at every other one; attributes say how it misbehaves."""
 
     def __init__(self, content: bytes = b""):
-        self.content, self.kind, self.ranges = content, "application/octet-stream", True
+        self.content, self.ranges, self.sized = content, True, True
+        self.kind: str | None = "application/octet-stream"
         self.files: dict[str, bytes] = {}
         self.paths: list[str] = []
         self.cuts: list[int] = []  # after how many bytes the next answers break off
@@ -41,8 +42,10 @@ class Server:
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
                 body = content[start:]
-                self.send_header("Content-Type", outer.kind)
-                self.send_header("Content-Length", str(len(body)))
+                if outer.kind:
+                    self.send_header("Content-Type", outer.kind)
+                if outer.sized:
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body[: outer.cuts.pop(0)] if outer.cuts else body)
 

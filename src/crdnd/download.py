@@ -23,11 +23,12 @@ Progress = Callable[[int, int | None], None]
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection is given up."""
 WAITS = (1.0, 4.0, 10.0)
-"""Seconds to wait before a source that did not send a byte is asked again."""
+"""Seconds to wait before the sources that may have more are asked again."""
 BUSY = (408, 429, 500, 502, 503, 504)
 """HTTP states that may be over in a moment."""
 CHUNK = 1 << 18
-WEB_PAGE = "sends a web page instead of the file (a login, a warning, or a quota that is spent)"
+WEB_PAGE = "a web page instead of the file"
+SENDS_A_PAGE = f"sends {WEB_PAGE} (a login, a warning, or a quota that is spent)"
 
 
 class _CutError(Exception):
@@ -77,8 +78,9 @@ def download(
         `target`.
 
     Raises:
-        InputError: the sources have another file than the checksum says, a web page, or nothing.
-        RunError: no source can be reached, or the disk is full; what came so far is kept.
+        InputError: all sources have another file than the checksum says, a web page, or nothing; or the folder cannot
+            be written.
+        RunError: a source that may have it cannot be reached, or the disk is full; what came so far is kept.
     """
     if not sha256 and not md5:
         raise InputError(f"{target.name}: a download needs a sha256 or md5 to be verified by.")
@@ -93,25 +95,8 @@ def download(
             if wanted.is_in(target):
                 return target
             target.unlink()
-        failures: list[str] = []
-        reachable = False
-        for url in sources:
-            try:
-                _from(url, wanted, progress)
-            except _UnusableError as error:
-                reachable = True
-                failures.append(f"{url} {error}")
-            except _CutError as error:
-                failures.append(f"{url} {error}")
-            else:
-                return target
-    said = "; ".join(failures)
-    if reachable:
-        raise InputError(f"{target.name}: cannot be downloaded: {said}. Get it by hand and put it at {target}.")
-    raise RunError(
-        f"{target.name}: cannot be downloaded: {said}. What came so far is kept, and the same command goes on; or get "
-        f"the file by hand and put it at {target}."
-    )
+        _from_any(sources, wanted, progress)
+    return target
 
 
 def read_url(url: str, limit: int = 1 << 20) -> bytes:
@@ -131,6 +116,18 @@ def read_url(url: str, limit: int = 1 << 20) -> bytes:
     return content
 
 
+def looks_like_a_page(data: bytes) -> str:
+    """What to call data that is a web page, as hosts send instead of a file; empty otherwise."""
+    start = data[:200].lstrip().lower()
+    return WEB_PAGE if start.startswith((b"<!doctype", b"<html", b"<?xml")) else ""
+
+
+def digest_of(path: Path, algorithm: str) -> str:
+    """The checksum of a file in hexadecimal; `algorithm` is sha256 or md5, which finds damage, and no forgery."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
 class _Wanted:
     """The file that is wanted, and how it is known."""
 
@@ -141,32 +138,46 @@ class _Wanted:
         self.size = size
 
     def is_in(self, path: Path) -> bool:
-        return self.size in (None, path.stat().st_size) and self.digest_of(path) == self.digest
+        return self.size in (None, path.stat().st_size) and digest_of(path, self.algorithm) == self.digest
 
-    def digest_of(self, path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, self.algorithm).hexdigest()
+
+def _from_any(sources: Sequence[str], wanted: _Wanted, progress: Progress | None) -> None:
+    """The whole file from the first source that gives it. All are asked before any is waited for."""
+    failures: dict[int, _CutError | _UnusableError] = {}
+    for wait in (0.0, *WAITS):
+        time.sleep(wait)
+        for number, url in enumerate(sources):
+            if isinstance(failures.get(number), _UnusableError):
+                continue
+            try:
+                _from(url, wanted, progress)
+            except (_CutError, _UnusableError) as error:
+                failures[number] = error
+            else:
+                return
+        if all(isinstance(error, _UnusableError) for error in failures.values()):
+            break
+    said = "; ".join(f"{sources[number]} {error}" for number, error in failures.items())
+    message, by_hand = f"{wanted.target.name}: cannot be downloaded: {said}", f"by hand and put it at {wanted.target}."
+    if any(isinstance(error, _CutError) for error in failures.values()):
+        raise RunError(f"{message}. What came so far is kept, and the same command goes on; or get the file {by_hand}")
+    raise InputError(f"{message}. Get it {by_hand}")
 
 
 def _from(url: str, wanted: _Wanted, progress: Progress | None) -> None:
     """The whole file from one source, which is asked again as long as that brings it further."""
-    waits = iter(WAITS)
     while True:
         before = _size(wanted.part)
         try:
             _fetch(url, wanted, before, progress)
         except _CutError:
-            if _size(wanted.part) > before:
-                continue
-            wait = next(waits, None)
-            if wait is None:
+            if _size(wanted.part) <= before:
                 raise
-            time.sleep(wait)
             continue
         if wanted.is_in(wanted.part):
             os.replace(wanted.part, wanted.target)
             return
-        found = wanted.digest_of(wanted.part)
+        found = digest_of(wanted.part, wanted.algorithm)
         wanted.part.unlink()
         if not before:
             raise _UnusableError(f"has another file (its {wanted.algorithm} is {found}, not {wanted.digest})")
@@ -198,7 +209,7 @@ def _answer(url: str, headers: dict[str, str]) -> Generator[http.client.HTTPResp
         with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:  # noqa: S310
             response = cast("http.client.HTTPResponse", answer)
             if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-                raise _UnusableError(WEB_PAGE)
+                raise _UnusableError(SENDS_A_PAGE)
             yield response
             return
     except urllib.error.HTTPError as error:
@@ -206,7 +217,7 @@ def _answer(url: str, headers: dict[str, str]) -> Generator[http.client.HTTPResp
         message = f"answers {error.code} {error.reason}"
         if error.code != 416:
             raise (_CutError(message) if error.code in BUSY else _UnusableError(message)) from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None)
         raise _CutError(f"cannot be reached ({reason or first_line(error)})") from None
     yield None
@@ -216,20 +227,29 @@ def _append(
     response: http.client.HTTPResponse, wanted: _Wanted, start: int, total: int | None, progress: Progress | None
 ) -> int:
     """Write what the source sends behind byte `start` of the part. Returns how long the part is then."""
-    done = start
-    try:
-        with wanted.part.open("ab" if start else "wb") as file:
-            while piece := response.read(CHUNK):
-                done += len(piece)
-                if wanted.size is not None and done > wanted.size:
-                    raise _UnusableError(f"has another file (more than {wanted.size} bytes)")
-                _write(file, piece, wanted.part)
-                if progress:
-                    progress(done, total)
-    except _UnusableError:
+    piece, done = response.read(CHUNK), start
+    if not start and looks_like_a_page(piece):
+        raise _UnusableError(SENDS_A_PAGE)
+    with _opened(wanted.part, "ab" if start else "wb") as file:
+        while piece:
+            done += len(piece)
+            if wanted.size is not None and done > wanted.size:
+                break
+            _write(file, piece, wanted.part)
+            if progress:
+                progress(done, total)
+            piece = response.read(CHUNK)
+    if piece:
         wanted.part.unlink()
-        raise
+        raise _UnusableError(f"has another file (more than {wanted.size} bytes)")
     return done
+
+
+def _opened(path: Path, mode: str) -> BinaryIO:
+    try:
+        return cast("BinaryIO", path.open(mode))
+    except OSError as error:  # nor must a folder that cannot be written
+        raise cannot_write(path, error) from error
 
 
 def _write(file: BinaryIO, piece: bytes, path: Path) -> None:

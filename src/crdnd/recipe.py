@@ -21,7 +21,7 @@ class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
 
     schema_: Literal["crdnd.recipe/1"] = Field(default=SCHEMA, alias="schema", description="The format of the file.")
-    data: str = Field(default="digits", description="A named data set, a path, or hf:owner/name.")
+    data: str = Field(default="digits", description="A named data set, a path, or hf:OWNER/NAME.")
     split_seed: int = Field(default=0, description="Which split of the data.")
     image_size: int | None = Field(
         default=None, ge=1, description="Of a path to folders of images: they are resized and cropped to such squares."
@@ -29,8 +29,8 @@ class Recipe(TrainSettings):
     model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
     teacher: str | None = Field(
         default=None,
-        description="A run or model folder, a file, URL#sha256=..., hf:owner/name, robustbench:NAME, an architecture "
-        "such as wrn,depth=34,width=10, or package.module:factory.",
+        description="A run or model folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:OWNER/NAME, "
+        "robustbench:NAME, an architecture such as wrn,depth=34,width=10, or package.module:factory.",
     )
     teacher_weights: str | None = Field(
         default=None, description="For a teacher that is an architecture or a factory: the file or URL of its weights."

@@ -15,6 +15,7 @@ from crdnd.errors import InputError
 
 if TYPE_CHECKING:
     from crdnd.engine import Listener, Progress
+    from crdnd.models import ModelCard
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
 NamedRecipeOption = Annotated[
@@ -56,6 +57,22 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Architecture of `crdnd list models`, timm:NAME, or package.module:factory."),
 ]
+MODEL_FORMS = (
+    "Run or model folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:OWNER/NAME, robustbench:NAME, an architecture "
+    "with weights as wrn,depth=34,width=10,weights=FILE, or package.module:factory."
+)
+"""What `crdnd.models.resolve_model` takes, on one line."""
+WEIGHTS = "For an architecture or a factory: its weights, a .safetensors, a weights-only .pt, or URL#sha256=..."
+WeightsOption = Annotated[str | None, typer.Option("--weights", help=WEIGHTS)]
+TeacherOption = Annotated[str | None, typer.Option("--teacher", help=MODEL_FORMS)]
+TeacherWeightsOption = Annotated[str | None, typer.Option("--teacher-weights", help=WEIGHTS)]
+SecondTeacherOption = Annotated[
+    str | None,
+    typer.Option("--second-teacher", help="As --teacher; a naturally trained one, for methods that look at two."),
+]
+SecondTeacherWeightsOption = Annotated[
+    str | None, typer.Option("--second-teacher-weights", help="As --teacher-weights, for the second teacher.")
+]
 ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="Method; see `crdnd list objectives`.")]
 EpsOption = Annotated[str | None, typer.Option("--eps", help="Radius of the attack in units of [0, 1]: 0.1, or 8/255.")]
 NormOption = Annotated[str | None, typer.Option("--norm", help="Norm of the attack: linf or l2.")]
@@ -92,6 +109,19 @@ def settings_of(recipe: Path | None, assignments: list[str] | None, options: dic
 def has_card(path: Path) -> bool:
     """Whether a model is one that this package wrote, which says what it was trained on."""
     return path.is_dir() or (path.suffix == ".safetensors" and path.exists())
+
+
+def card_of(spec: str, weights: str | None = None) -> "ModelCard | None":
+    """The card of a model that this package wrote, be it here or in the web; None for every other one.
+
+    Args:
+        spec: as for `resolve_model`.
+        weights: likewise; a model that these belong to is an architecture or a factory, which has no card.
+    """
+    from crdnd.models import local_model, read_card
+
+    place = Path(spec if weights else local_model(spec))
+    return read_card(place) if has_card(place) else None
 
 
 def print_json(document: str | dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
-from crdnd.cli._common import has_card
+from crdnd.cli._common import card_of
 from crdnd.cli._runs import uses_teacher
 from crdnd.config import Frozen
 from crdnd.counts import Count
@@ -16,7 +16,6 @@ from crdnd.data import Splits, data_names, load_info
 from crdnd.engine import Validation, make_objective
 from crdnd.engine.settings import differences
 from crdnd.errors import InputError, did_you_mean
-from crdnd.models import local_model, read_card
 from crdnd.objectives import Sizes
 from crdnd.recipe import Recipe, make_recipe, merge
 from crdnd.report.comparison import NO_TEACHER, Trial, cell_name
@@ -244,14 +243,12 @@ def _reserved(spec: Spec, where: str) -> dict[str, str]:
 
 def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     """A teacher that exists is there, and has not seen the test images of its students."""
-    path = Path(local_model(source))
-    if not path.exists() and ":" not in source and "," not in source:
+    if not Path(source).exists() and ":" not in source and "," not in source:
         raise InputError(f"teachers.{name}: {source}: there is no such model.")
-    if not has_card(path):
+    card = card_of(source)
+    if card is None or card.data != data or card.split_seed == split_seed:
         return
-    card = read_card(path)
-    draws_test = card.data in data_names() and load_info(card.data).draws_test
-    if draws_test and card.data == data and card.split_seed != split_seed:
+    if card.data in data_names() and load_info(card.data).draws_test:
         raise InputError(
             f"teachers.{name}: was trained on split {card.split_seed} of {data} and has seen test images of split "
             f"{split_seed}; write splits: fixed and shared: {{split_seed: {card.split_seed}}}, or have it trained here."

@@ -1,11 +1,21 @@
 """`crdnd check-teacher`: what a teacher knows of the data, and what stands of it under attack, before anyone trains."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdnd.cli._common import DataOption, EpsOption, JsonOption, NormOption, given, has_card, print_json
+from crdnd.cli._common import (
+    MODEL_FORMS,
+    DataDirOption,
+    DataOption,
+    EpsOption,
+    JsonOption,
+    NormOption,
+    WeightsOption,
+    card_of,
+    given,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from crdnd.engine import TeacherCheck
@@ -15,16 +25,10 @@ SCHEMA = "crdnd.teacher/1"
 
 
 def check_teacher_command(
-    teacher: Annotated[
-        str,
-        typer.Argument(
-            metavar="TEACHER", help="Run or model folder, file, URL#sha256=..., hf:owner/name or package:factory."
-        ),
-    ],
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="For an architecture or factory: its weights' file or URL.")
-    ] = None,
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=MODEL_FORMS)],
+    weights: WeightsOption = None,
     data: DataOption = None,
+    data_dir: DataDirOption = None,
     teacher_input: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="What it was made for, where it does not say itself.")
     ] = None,
@@ -50,7 +54,7 @@ def check_teacher_command(
     from crdnd.engine import check_model, measure_teacher, some_images
     from crdnd.evaluation import Label, evaluate, processes
     from crdnd.evaluation import preset as preset_of
-    from crdnd.models import adapted, device_of, local_model, read_card, resolve_model, weights_sha256
+    from crdnd.models import adapted, device_of, resolve_model, weights_sha256
     from crdnd.threat import ThreatModel
 
     attacked = None
@@ -58,8 +62,7 @@ def check_teacher_command(
         attacked = build(ThreatModel, given(eps=eps, norm=norm), where="threat")
     plan = preset_of(preset)
     network = resolve_model(teacher, weights).to(processes().device)
-    place = Path(teacher if weights else local_model(teacher))
-    card = read_card(place) if has_card(place) else None
+    card = card_of(teacher, weights)
     name = data or (card.data if card else "") or "digits"
     split_seed = card.split_seed if card and card.data == name else 0
     images = load_data(name, split_seed).validation

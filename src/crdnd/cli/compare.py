@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdnd.cli._common import (
+    MODEL_FORMS,
     DataDirOption,
     DataOption,
     EpochsOption,
@@ -53,10 +54,7 @@ def compare_command(
     students: Annotated[
         list[str] | None, typer.Option("--student", help="Architecture and settings, as cnn,width=8. Repeatable.")
     ] = None,
-    teachers: Annotated[
-        list[str] | None,
-        typer.Option("--teacher", help="Folder, file, URL#sha256=..., hf:owner/name or package:factory. Repeatable."),
-    ] = None,
+    teachers: Annotated[list[str] | None, typer.Option("--teacher", help=f"{MODEL_FORMS} Repeatable.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many: 5 runs the seeds 0 to 4.")] = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
@@ -179,7 +177,8 @@ def _of_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if model is not None:
         values["students"] = {build(Named, model, "model").name: {"model": model}}
     if "teacher" in run:
-        values |= {"teachers": {"teacher": {"teacher": run.pop("teacher")}}, "splits": "fixed"}
+        teacher = {key: run.pop(key) for key in ("teacher", "teacher_weights") if key in run}
+        values |= {"teachers": {"teacher": teacher}, "splits": "fixed"}
     return values
 
 
@@ -378,9 +377,9 @@ def _chosen(cell: "Cell") -> "Recipe | None":
 
 def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "CellResult | None":
     """A cell's numbers, if it is finished and was measured under this protocol."""
-    from crdnd.cli._common import has_card
+    from crdnd.cli._common import card_of
     from crdnd.engine.checkpoint import read_checkpoint
-    from crdnd.models import local_model, read_card
+    from crdnd.models import read_card
     from crdnd.report.comparison import CellResult
 
     recipe = _chosen(cell)
@@ -392,8 +391,8 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
         card = read_card(folder)
     except InputError:
         return None
-    teacher = Path(local_model(recipe.teacher)) if recipe.teacher is not None else None
-    if teacher is not None and has_card(teacher) and read_card(teacher).sha256 != card.teacher_sha256:
+    teacher = card_of(recipe.teacher, recipe.teacher_weights) if recipe.teacher is not None else None
+    if teacher is not None and teacher.sha256 != card.teacher_sha256:
         return None  # the run itself says what is wrong
     fingerprint = protocols[recipe.split_seed].fingerprint
     results = current_evaluation(folder, fingerprint, [card.sha256])
@@ -425,9 +424,8 @@ def _collect(
     spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, failures: Mapping[str, str]
 ) -> "Comparison":
     """The document of what the folder holds."""
-    from crdnd.cli._common import has_card
+    from crdnd.cli._common import card_of, has_card
     from crdnd.cli._grid import choose
-    from crdnd.models import local_model, read_card
     from crdnd.provenance import command, commit, package_versions
     from crdnd.report.comparison import CellResult, Choice, Comparison, TeacherRun
 
@@ -467,10 +465,10 @@ def _collect(
                 name=name,
                 seed=trained[source].seed if source in trained else None,
                 source=source,
-                sha256=read_card(place).sha256 if has_card(place) else None,
+                sha256=card.sha256 if card else None,
             )
             for source, name in grid.teacher_names.items()
-            for place in [Path(local_model(source))]
+            for card in [card_of(source)]
             if source not in trained or has_card(Path(source))
         ],
         choices=list(choices.values()),

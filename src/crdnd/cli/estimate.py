@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdnd.cli._common import (
+    DataDirOption,
     DataOption,
     EpochsOption,
     EpsOption,
@@ -14,7 +15,11 @@ from crdnd.cli._common import (
     ModelOption,
     NormOption,
     ObjectiveOption,
+    SecondTeacherOption,
+    SecondTeacherWeightsOption,
     SetOption,
+    TeacherOption,
+    TeacherWeightsOption,
     given,
     print_json,
     settings_of,
@@ -28,17 +33,15 @@ if TYPE_CHECKING:
     from crdnd.engine import Counts, Estimate
     from crdnd.recipe import Recipe
 
-MADE_UP: dict[str, tuple[tuple[int, int, int], int, int]] = {
-    "cifar10": ((3, 32, 32), 10, 50_000),
-    "cifar100": ((3, 32, 32), 100, 50_000),
-    "tiny_imagenet": ((3, 64, 64), 200, 100_000),
-    "svhn": ((3, 32, 32), 10, 73_257),
-    "mnist": ((1, 28, 28), 10, 60_000),
-    "fashion_mnist": ((1, 28, 28), 10, 60_000),
+MADE_UP: dict[str, tuple[int, int, int]] = {
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "tiny_imagenet": (3, 64, 64),
+    "svhn": (3, 32, 32),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
 }
-"""Data sets that may not be on this machine: image shape, classes, published training images."""
-HELD_OUT = 0.1
-"""The part of these that becomes validation data."""
+"""Shapes of the images of data sets that may not be on this machine."""
 
 
 def estimate_command(
@@ -47,10 +50,11 @@ def estimate_command(
     ] = None,
     assignments: SetOption = None,
     data: DataOption = None,
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", help="The teacher of the run, as for `crdnd distill`.")
-    ] = None,
-    second_teacher: Annotated[str | None, typer.Option("--second-teacher", help="Likewise.")] = None,
+    data_dir: DataDirOption = None,
+    teacher: TeacherOption = None,
+    teacher_weights: TeacherWeightsOption = None,
+    second_teacher: SecondTeacherOption = None,
+    second_teacher_weights: SecondTeacherWeightsOption = None,
     teacher_models: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +84,8 @@ def estimate_command(
     from crdnd.recipe import make_recipe
 
     options = given(
-        data=data, teacher=teacher, second_teacher=second_teacher, model__name=model, objective__name=objective,
+        data=data, teacher=teacher, teacher_weights=teacher_weights, second_teacher=second_teacher,
+        second_teacher_weights=second_teacher_weights, model__name=model, objective__name=objective,
         threat__eps=eps, threat__norm=norm, epochs=epochs,
     )  # fmt: skip
     run = make_recipe({"out": "."} | settings_of(recipe, assignments, options))
@@ -100,21 +105,22 @@ def estimate_command(
 
 def _data(run: "Recipe") -> tuple["Splits", "Counts | None"]:
     """The run's data; for a public set that is not there a few images of its shape, and how many it has."""
-    from crdnd.data import ImageData, Splits
+    from crdnd.data import HELD_OUT, ImageData, Splits, load_info
 
+    files = load_info(run.data).files if run.data in MADE_UP else None
     try:
         return run.load_data(), None
     except InputError:
-        if run.data not in MADE_UP:
+        if files is None:
             raise
     import torch
 
     from crdnd.engine import Counts
     from crdnd.random import Stream
 
-    shape, classes, images = MADE_UP[run.data]
+    images, classes = files.counts["train"], files.classes
     ids = torch.arange(min(run.batch_size, images))
-    pixels = Stream.of("estimate", ids=ids % 64).integers(0, 256, shape).to(torch.uint8)
+    pixels = Stream.of("estimate", ids=ids % 64).integers(0, 256, MADE_UP[run.data]).to(torch.uint8)
     some = ImageData(pixels, ids % classes, classes, name=run.data)
     held_out = round(HELD_OUT * images)
     return Splits(some, some, split_seed=run.split_seed), Counts(images - held_out, held_out)
@@ -127,14 +133,15 @@ def _teachers(run: "Recipe", splits: "Splits", architectures: list[str]) -> list
 
     layers = run.model_dump(include={"objective", "attack", "igdm"})
     wanted = uses_teacher(layers) + needs_second_teacher(load_objective(run.objective.name))
-    known = [name for name in (run.teacher, run.second_teacher) if name is not None]
+    given = ((run.teacher, run.teacher_weights), (run.second_teacher, run.second_teacher_weights))
+    known = [(name, weights) for name, weights in given if name is not None]
     if len(known) + len(architectures) != wanted:
         raise InputError(
             f"teacher: {run.objective.name} looks at {wanted}, given are {len(known) + len(architectures)}; name each "
             "by --teacher, or as --teacher-model wrn,depth=34,width=10 for one with random weights."
         )
     made = [run.model_copy(update=_named(text)).build_model(splits) for text in architectures]
-    return [*(resolve_model(name) for name in known), *made]
+    return [*(resolve_model(name, weights) for name, weights in known), *made]
 
 
 def _named(text: str) -> dict[str, Any]:

@@ -10,15 +10,18 @@ import typer
 from pydantic import Field
 
 from crdnd.cli._common import (
+    MODEL_FORMS,
     DataDirOption,
+    DataOption,
     EpsOption,
     JsonOption,
     NormOption,
     RecipeOption,
     SeedOption,
     SetOption,
+    WeightsOption,
+    card_of,
     given,
-    has_card,
     print_json,
     settings_of,
 )
@@ -32,23 +35,11 @@ WORK = Path("runs/evaluations")
 
 
 def evaluate_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:owner/name, architecture, package:factory.",
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_FORMS)] = None,
     recipe: RecipeOption = None,
     assignments: SetOption = None,
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", help="For an architecture or a factory: .safetensors or a weights-only .pt."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Data set of `crdnd data list`, a folder of images, .npz, or hf:OWNER/NAME."),
-    ] = None,
+    weights: WeightsOption = None,
+    data: DataOption = None,
     data_dir: DataDirOption = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N samples.")] = None,
     preset: Annotated[
@@ -61,7 +52,7 @@ def evaluate_command(
         str, typer.Option("--engine", help="own, or reference: AutoAttack by the package pyautoattack.")
     ] = "own",
     surrogate: Annotated[
-        str | None, typer.Option("--surrogate", help="Another model, whose adversarial images are tried too.")
+        str | None, typer.Option("--surrogate", help="Another MODEL, whose adversarial images are tried too.")
     ] = None,
     eps: EpsOption = None,
     norm: NormOption = None,
@@ -105,7 +96,7 @@ def evaluate_command(
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, local_model, read_card, resolve_model
+    from crdnd.models import ModelCard, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -128,14 +119,10 @@ def evaluate_command(
     check_format(values)
     values["attacks"] = _attack_settings(values.get("attacks"), named)
     if "model" not in values:
-        raise InputError(
-            "MODEL: name the model to evaluate: a model folder, .safetensors, .pt2, .onnx, package.module:factory, "
-            "robustbench:NAME, or an architecture with --weights."
-        )
+        raise InputError(f"MODEL: name the model to evaluate. {MODEL_FORMS}")
     spec = str(values["model"])
     network = resolve_model(spec, weights)
-    place = Path(spec if weights else local_model(spec))
-    card = read_card(place) if has_card(place) else ModelCard(schema="crdnd.model/1")
+    card = card_of(spec, weights) or ModelCard(schema="crdnd.model/1")
     _fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False

@@ -10,12 +10,13 @@ from crdnd.data._augment import Augmentation, augment, augmentation_names
 from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified
 from crdnd.data._files import LAYOUTS, read_images, refuse_image_size
 from crdnd.data._hub import PREFIX, read_hub
-from crdnd.data._named import VARIABLE, DataInfo, data_folder
+from crdnd.data._named import HELD_OUT, VARIABLE, DataInfo, data_folder
 from crdnd.data._own import read_splits
 from crdnd.data._stream import StreamedData
 from crdnd.errors import InputError, did_you_mean
 
 __all__ = [
+    "HELD_OUT",
     "VARIABLE",
     "Augmentation",
     "DataInfo",

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
@@ -153,6 +153,11 @@ class Splits:
     def sha256(self) -> str:
         """Fingerprint of what training sees."""
         return hashlib.sha256((self.train.sha256 + self.validation.sha256).encode()).hexdigest()
+
+
+def in_colour(data: ImageData) -> ImageData:
+    """The same data with grey images (1, H, W) repeated to (3, H, W); colour images as they are."""
+    return replace(data, x=data.x.expand(-1, 3, -1, -1)) if data.shape[0] == 1 else data
 
 
 def stratified(y: Tensor, sizes: Sequence[int], *names: str | int) -> list[Tensor]:

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from crdnd.data._base import ImageData
-from crdnd.data._named import Layout, Part, looks_like_a_page
+from crdnd.data._named import Layout, Part
 from crdnd.data._pickled import read_pickled
+from crdnd.download import looks_like_a_page
 from crdnd.errors import InputError, first_line
 from crdnd.io import read_bytes
 

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from crdnd.data._base import ImageData
-from crdnd.data._named import Layout, Part, looks_like_a_page
+from crdnd.data._named import Layout, Part
+from crdnd.download import looks_like_a_page
 from crdnd.errors import InputError, first_line
 
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")

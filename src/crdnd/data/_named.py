@@ -24,12 +24,6 @@ def data_folder(data_dir: str | Path | None = None) -> Path:
     return Path(chosen).expanduser() if chosen else DEFAULT_FOLDER
 
 
-def looks_like_a_page(data: bytes) -> str:
-    """What to call data that is a web page, as hosts send instead of a file; empty otherwise."""
-    start = data[:200].lstrip().lower()
-    return "a web page instead of the file" if start.startswith((b"<!doctype", b"<html", b"<?xml")) else ""
-
-
 def there(folder: Path, name: str) -> Path | None:
     """A file of that name in a folder, or None."""
     return folder / name if (folder / name).is_file() else None

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from crdnd.data._base import ImageData, Splits
+from crdnd.data._base import ImageData, Splits, in_colour
 from crdnd.data._files import (
     from_npz,
     name_of,
@@ -68,22 +68,22 @@ def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Split
         if data.class_names != train.class_names:
             odd = sorted(set(data.class_names) ^ set(train.class_names))[0]
             raise InputError(f"{parts[part]}: its classes are not those of {parts['train']}; {odd} is in one only.")
-        others[part] = _in_colour(data, train)
+        others[part] = _like(data, train)
     if "validation" in others:
         return Splits(train, others["validation"], others.get("test"), split_seed)
     return held_out(train, others.get("test"), split_seed)
 
 
-def _in_colour(data: ImageData, train: ImageData) -> ImageData:
-    """Grey images as colour where the training data are; images of another size are refused."""
+def _like(data: ImageData, train: ImageData) -> ImageData:
+    """Images as the training data are, grey ones in colour where those are; images of another size are refused."""
     if data.shape[1:] != train.shape[1:]:
         (height, width), (train_height, train_width) = data.shape[1:], train.shape[1:]
         raise InputError(
             f"{data.name}: has images of {width}x{height} beside training images of {train_width}x{train_height}; "
             "bring all to one size."
         )
-    if data.shape[0] == 1 and train.shape[0] == 3:
-        return replace(data, x=data.x.expand(-1, 3, -1, -1))
+    if train.shape[0] == 3:
+        data = in_colour(data)
     if data.shape[0] != train.shape[0]:
         raise InputError(f"{data.name}: has images in colour beside training images in grey.")
     return data
@@ -98,4 +98,4 @@ def _alike(train: ImageData, test: ImageData | None) -> tuple[ImageData, ImageDa
             f"{test.name}: the test data have labels up to {test.num_classes - 1}, the training data do not."
         )
     test = replace(test, num_classes=train.num_classes, class_names=train.class_names)
-    return train, _in_colour(test, train)
+    return train, _like(test, train)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from crdnd.data._base import ImageData
-from crdnd.data._named import DataInfo, FileSet, Layout, Part, looks_like_a_page
+from crdnd.data._named import DataInfo, FileSet, Layout, Part
+from crdnd.download import looks_like_a_page
 from crdnd.errors import InputError, first_line
 from crdnd.io import read_bytes
 

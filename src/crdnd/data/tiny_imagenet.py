@@ -5,12 +5,11 @@ in the order of their WordNet ids, as in a folder listing, which is what the fie
 """
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from crdnd.data._base import ImageData
+from crdnd.data._base import ImageData, in_colour
 from crdnd.data._files import from_files, image_files, subfolders
 from crdnd.data._named import DataInfo, FileSet, Layout, Part
 from crdnd.errors import InputError, first_line
@@ -28,8 +27,7 @@ def read(folder: Path, part: Part) -> ImageData:
     label = {wnid: number for number, wnid in enumerate(ids)}
     y = torch.tensor([label[wnid] for _, wnid in files])
     name = folder.resolve().name or "data"
-    data = from_files(folder, [file for file, _ in files], y, _names(folder, ids), name, image_size=None)
-    return replace(data, x=data.x.expand(-1, 3, -1, -1)) if data.shape[0] == 1 else data
+    return in_colour(from_files(folder, [file for file, _ in files], y, _names(folder, ids), name, image_size=None))
 
 
 def find(folder: Path, name: str) -> Path | None:

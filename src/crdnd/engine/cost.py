@@ -182,6 +182,7 @@ def _steps(
         "validate_every": FOREVER,
         "save_every_steps": FOREVER,
         "trackers": (),
+        "check_teacher": False,  # it may have random weights, which cost the same
         "optimizer": settings.optimizer.model_copy(update={"learning_rate": 1e-6}),
         "awp": settings.awp and settings.awp.model_copy(update={"warmup": 0.0}),
     }
@@ -208,7 +209,7 @@ def _validation(
     """
     device = device_of(student)
     some = torch.arange(min(batch_size, len(data.validation)))
-    x = data.validation.x[some].to(device)
+    x = data.validation.pixels(some).to(device)
     with evaluating(student), torch.no_grad():
         logits = student(data.validation.batch(some)[0].to(device))
     own = ImageData(x, logits.argmax(1), logits.shape[1])

@@ -125,10 +125,10 @@ def distill(
     Args:
         student: images (B, C, H, W) in [0, 1] -> logits (B, K); its weights are changed.
         data: as for `train`.
-        teacher: a module, or what `resolve_model` takes: a run's or model's folder, a file, its URL with a sha256, a
-            model of the hub, or "package.module:factory". It is neither changed nor trained. Its natural accuracy on
-            validation images is measured first, and at chance level it is refused. Where it says that it was made for
-            images of another shape, or `teacher_input` does, they are resized for it.
+        teacher: a module, or what `crdnd.models.resolve_model` takes, such as a run's folder. It is neither changed nor
+            trained. Its natural accuracy on validation images is measured first, and at chance level it is refused.
+            Where it says that it was made for images of another shape, or `teacher_input` does, they are resized for
+            it.
         teacher_weights: a file of weights for a teacher that is given as an architecture or a factory.
         second_teacher: likewise; the naturally trained one of the methods that look at two.
         second_teacher_weights: likewise.

@@ -14,7 +14,7 @@ from crdnd.config import Frozen
 from crdnd.counts import Count
 from crdnd.data import ImageData, stratified
 from crdnd.errors import InputError
-from crdnd.models import Adapted, device_of, evaluating
+from crdnd.models import NORMALIZATION, Adapted, device_of, evaluating
 
 IMAGES = 1000
 """At most so many validation images are looked at."""
@@ -33,15 +33,11 @@ Role = Literal["teacher", "second teacher"]
 Change = Callable[[Tensor], Tensor]
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "CIFAR-100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    **{name: found for name, found in NORMALIZATION.items() if name != "none"},
     "[-1, 1]": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "MNIST": ((0.1307,), (0.3081,)),
-    "Fashion-MNIST": ((0.2860,), (0.3530,)),
     "[-1, 1] in grey": ((0.5,), (0.5,)),
 }
-"""Mean and std per channel that published weights were trained with; torchvision's and the data sets' own."""
+"""Mean and std per channel that weights of others may expect their inputs to be normalised with."""
 
 
 class TeacherCheck(Frozen):

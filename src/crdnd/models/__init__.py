@@ -17,10 +17,12 @@ from crdnd.models._folder import (
     weights_sha256,
 )
 from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
+from crdnd.models._named import NORMALIZATION
 from crdnd.models._remote import is_remote, local_model, remote_name
 from crdnd.models._spec import parse_spec
 
 __all__ = [
+    "NORMALIZATION",
     "TIMM",
     "Adapted",
     "Architecture",

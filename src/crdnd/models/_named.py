@@ -21,8 +21,9 @@ NORMALIZATION = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
 }
-"""Mean and std that published networks are behind; the first two as Gowal et al. and RobustBench have them."""
+"""Mean and std that published networks are behind; those of CIFAR as Gowal et al. and RobustBench have them."""
 
 
 class _About(Frozen):
