@@ -442,7 +442,7 @@ def relabelled(*labels: float) -> tuple[Tensor, Tensor]:
 
 
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
-    "unknown name": (lambda: "digit", "unknown data set 'digit'; did you mean 'digits'"),
+    "unknown name": (lambda: "digit", "'digit' is neither a data set nor a path; did you mean 'digits'"),
     "above 1": (lambda: spoiled(7, 1.5), "pixels range from .* to 1.5 and must lie in \\[0, 1\\]"),
     "bytes as floats": (lambda: (part(COUNT).x * 255, part(COUNT).y), "must lie in \\[0, 1\\]; divide by 255"),
     "below 0": (lambda: spoiled(7, -0.1), "pixels range from -0.1 .*leave normalisation to the model"),
