@@ -16,9 +16,10 @@ HEAD = """<!-- Written by docs/digits.py from results/digits/compare.json: chang
 
 {seeds} seeds, each with its own split (1,147 images for training, 200 for validation, 450 for the test) and its own
 teachers, a `cnn` of width 32 each, the robust one by `trades`; students are a `cnn` of width 8. Threat model: {threat}.
-Every method has the same data, augmentation, epochs, optimiser, schedule and attack steps, and three settings to choose from (studies/digits.yaml), judged on the validation data of one seed by the worst case of PGD on
-cross-entropy and on the margin; the best checkpoint of each run was chosen there too. Every test image was attacked
-once, by `rslad-table`: worst case means that FGSM, PGD_SAT, PGD_TRADES, CW-inf and AutoAttack all failed on it.
+Every method has the same data, augmentation, epochs, optimiser, schedule and attack steps, and three settings to choose
+from (studies/digits.yaml), judged on the validation data of one seed by the worst case of PGD on cross-entropy and on
+the margin; the best checkpoint of each run was chosen there too. Every test image was attacked once, by `rslad-table`:
+worst case means that FGSM, PGD_SAT, PGD_TRADES, CW-inf and AutoAttack all failed on it.
 
 Accuracies are percent, means over seeds ± their standard deviation, with 95% t intervals in brackets; differences are
 paired by seed. An interval that holds 0 decides nothing.
