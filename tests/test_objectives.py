@@ -561,14 +561,14 @@ def test_the_contrast_does_not_see_the_scale_of_the_logits():
 
 def test_contrast_is_minus_the_log_of_the_positives_share():
     similarity = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    excluded = torch.tensor([[True, False, False, False], [False, False, False, True]])
-    positive = torch.tensor([2, 0])
+    own, positive = torch.tensor([0, 3]), torch.tensor([2, 0])
     e = math.e
-    found = contrast(similarity, positive, excluded, with_positive=True).tolist()
+    found = contrast(similarity, positive, own, with_positive=True).tolist()
     assert found == close([math.log((e**2 + e**3 + e**4) / e**3), math.log(3)])
-    found = contrast(similarity, positive, excluded, with_positive=False).tolist()
+    found = contrast(similarity, positive, own, with_positive=False).tolist()
     assert found == close([math.log((e**2 + e**4) / e**3), math.log(2)])
-    assert excluded.tolist() == [[True, False, False, False], [False, False, False, True]], "the caller's mask is kept"
+    found = contrast(similarity, positive, None, with_positive=True).tolist()
+    assert found == close([math.log((e + e**2 + e**3 + e**4) / e**3), math.log(4)])
 
 
 # --- CRDND: where the accuracies come from ----------------------------------------------------------------------------

@@ -46,19 +46,21 @@ def compensate(predictions: Tensor, accuracies: Tensor) -> Tensor:
     return (accuracies - b) * predictions + (predictions @ b)[:, None]
 
 
-def contrast(similarity: Tensor, positive: Tensor, excluded: Tensor, *, with_positive: bool) -> Tensor:
+def contrast(similarity: Tensor, positive: Tensor, own: Tensor | None, *, with_positive: bool) -> Tensor:
     """-log of the share that the positive has among the pool, for each anchor. -> (A,).
 
     Args:
         similarity: cos / tau of every anchor with the pool, (A, P).
         positive: the place of each anchor's positive in the pool, int64 (A,).
-        excluded: True where a member of the pool does not count for an anchor (the anchor itself), bool (A, P).
+        own: the place of each anchor itself, which does not count, int64 (A,); None where anchors are not in the pool.
         with_positive: whether the positive stands in the denominator too.
     """
+    # One number a row, and no mask: on a CPU a masked fill costs many times the rest of the loss.
+    others = similarity if own is None else similarity.scatter(1, own[:, None], -torch.inf)
+    if with_positive:
+        return F.cross_entropy(others, positive, reduction="none")
     chosen = similarity.gather(1, positive[:, None])[:, 0]
-    if not with_positive:
-        excluded = excluded.scatter(1, positive[:, None], True)
-    return torch.logsumexp(similarity.masked_fill(excluded, -torch.inf), dim=1) - chosen
+    return torch.logsumexp(others.scatter(1, positive[:, None], -torch.inf), dim=1) - chosen
 
 
 class Settings(ObjectiveSettings):
@@ -167,27 +169,23 @@ class CRDND(Objective):
         place = self.processes.index * len(u) + torch.arange(len(u), device=u.device)
         if self.settings.views == "student_teacher":
             pool = torch.cat([gather(u), gather(v)])
-            here = len(pool) // 2
-            sides = [self._anchored(v, pool, place, place + here)]
-            if self.settings.sides == "symmetric":
-                sides.append(self._anchored(u, pool, place + here, place))
-        else:
-            pool = torch.cat([gather(student["nat"]), gather(student["adv"])])
-            place = place + (0 if kind == "nat" else len(pool) // 2)
-            sides = [self._anchored(v, pool, place, None)]
-            if self.settings.sides == "symmetric":
-                sides.append(
-                    self._anchored(u, torch.cat([gather(teacher["nat"]), gather(teacher["adv"])]), place, None)
-                )
-        return torch.stack(sides).mean(dim=0)
+            there = place + len(pool) // 2
+            if self.settings.sides == "one_sided":
+                return self._anchored(v, pool, place, there)
+            both = self._anchored(torch.cat([v, u]), pool, torch.cat([place, there]), torch.cat([there, place]))
+            return both.reshape(2, len(u)).mean(dim=0)
+        pool = torch.cat([gather(student["nat"]), gather(student["adv"])])
+        place = place + (0 if kind == "nat" else len(pool) // 2)
+        found = self._anchored(v, pool, place, None)
+        if self.settings.sides == "one_sided":
+            return found
+        pool = torch.cat([gather(teacher["nat"]), gather(teacher["adv"])])
+        return (found + self._anchored(u, pool, place, None)) / 2
 
     def _anchored(self, anchors: Tensor, pool: Tensor, positive: Tensor, own: Tensor | None) -> Tensor:
         """The contrast of `anchors` with `pool`; `own` is where an anchor itself stands in the pool, if it does."""
-        similarity = anchors @ pool.T / self.settings.tau
-        excluded = torch.zeros_like(similarity, dtype=torch.bool)
-        if own is not None:
-            excluded.scatter_(1, own[:, None], True)
-        return contrast(similarity, positive, excluded, with_positive=self.settings.denominator == "with_positive")
+        similarity = (anchors / self.settings.tau) @ pool.T
+        return contrast(similarity, positive, own, with_positive=self.settings.denominator == "with_positive")
 
 
 METHOD = CRDND
