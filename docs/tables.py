@@ -66,6 +66,12 @@ def speed() -> str:
         [f"PGD-10, {found['settings']['model']}", rival, f"{entry['ratio']:.2f}", f"{entry['target']:g}"]
         for rival, entry in found["ratios"].items()
     ]
+    found = read("benchmark-data.json")
+    share = f"{100 * found['share_of_a_step']:.2g}% of a ResNet-18 step"
+    rivals = {"pictures": "worker processes, Pillow's images", "tensors": "worker processes, bytes in memory"}
+    for name, rival in rivals.items():
+        wanted = f"{found['targets']['ratio']:g}" if name == "pictures" else "-"
+        rows.append([f"crop_flip of 128 images, {share}", rival, f"{found['over_crdnd'][name]:.1f}", wanted])
     return markdown(["what", "beside", "their time over ours", "wanted"], rows, left=2)
 
 
