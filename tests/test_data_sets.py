@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import json
 import pickle
+import shutil
 import struct
 import sys
 import types
@@ -540,10 +541,13 @@ def test_damaged_mat_files(damage, tmp_path):
 
 
 def test_val_may_be_sorted_into_class_folders(tmp_path, monkeypatch):
-    monkeypatch.setitem(load_info("tiny_imagenet").files.counts, "test", 10)
+    monkeypatch.setitem(load_info("tiny_imagenet").files.counts, "test", 12)
     tiny_files(tmp_path, sorted_val=True)
+    for wnid in ("n00000002", "n00000005"):
+        image = next(next(tmp_path.rglob(f"val/{wnid}")).rglob("*.JPEG"))
+        shutil.copy(image, image.with_name("z.JPEG"))
     splits = load_data("tiny_imagenet", data_dir=tmp_path)
-    assert splits.test.y.tolist() == list(range(10))
+    assert splits.test.y.tolist() == [*range(10), 2, 5], "the classes take turns"
     assert np.array_equal(splits.test.x[:TEST].numpy(), images("tiny_imagenet", "test")[0])
 
 

@@ -23,7 +23,10 @@ def read(folder: Path, part: Part) -> ImageData:
     `val` may be as published or sorted into class folders.
     """
     ids = _ids(folder)
-    files = _sorted(folder / "train", ids) if part == "train" else _validation(folder / "val", ids)
+    if part == "train":
+        files = [(file, wnid) for wnid, found in _by_class(folder / "train", ids).items() for file in found]
+    else:
+        files = _validation(folder / "val", ids)
     label = {wnid: number for number, wnid in enumerate(ids)}
     y = torch.tensor([label[wnid] for _, wnid in files])
     name = folder.resolve().name or "data"
@@ -42,7 +45,7 @@ def _ids(folder: Path) -> list[str]:
     return sorted(set(_lines(file)))
 
 
-def _sorted(folder: Path, ids: list[str]) -> list[tuple[Path, str]]:
+def _by_class(folder: Path, ids: list[str]) -> dict[str, list[Path]]:
     """Images in a folder for each class, at whatever depth; every class has some."""
     files = {wnid: list(image_files(folder / wnid)) if (folder / wnid).is_dir() else [] for wnid in ids}
     empty = [wnid for wnid, found in files.items() if not found]
@@ -51,12 +54,15 @@ def _sorted(folder: Path, ids: list[str]) -> list[tuple[Path, str]]:
     others = [entry.name for entry in subfolders(folder) if entry.name not in files]
     if others:
         raise InputError(f"{folder}: has the folder {others[0]}, which is none of the {len(ids)} classes.")
-    return [(file, wnid) for wnid, found in files.items() for file in found]
+    return files
 
 
 def _validation(folder: Path, ids: list[str]) -> list[tuple[Path, str]]:
     if not (folder / "images").is_dir():
-        return _sorted(folder, ids)
+        files = _by_class(folder, ids)
+        # The classes take turns, as they do where nobody has sorted them: an evaluation may take only the first n.
+        turns = range(max(map(len, files.values())))
+        return [(found[turn], wnid) for turn in turns for wnid, found in files.items() if turn < len(found)]
     file = folder / ANNOTATIONS
     if not file.is_file():
         raise InputError(f"{folder}: has images/ but no {ANNOTATIONS}, which has their classes.")

@@ -118,7 +118,7 @@ def resolve_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     if suffix in PICKLED:
         raise InputError(
             f"{spec}: is a file of weights without an architecture; give the model by its architecture, such as "
-            f"wrn,depth=34,width=10, or as package.module:factory and this file as --weights {spec}."
+            f"wrn,depth=34,width=10, or as package.module:factory, and this file as its weights."
         )
     if remote:
         return resolve_model(local_model(spec))
