@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from crdnd import ImageData, InputError, Interrupted, RunError, Splits, ThreatModel, distill, train
+from crdnd import ImageData, InputError, Interrupted, RunError, Splits, ThreatModel, create_model, distill, train
 from crdnd.engine import Progress
 from crdnd.engine import processes as engine_processes
 from crdnd.engine.checkpoint import read_checkpoint
 from crdnd.engine.processes import SharedRun, processes
-from crdnd.models import state
+from crdnd.models import parameter_count, state
 from crdnd.objectives import load_objective, needs_second_teacher, needs_teacher, objective_names
-from support import CLASSES, SIZES, TinyNet, images
+from support import CLASSES, SHAPE, SIZES, TinyNet, images
 from test_resume import PROCESSES
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are forked here")
@@ -68,8 +68,10 @@ CASES: dict[str, dict[str, Any]] = {name: {"objective": name} for name in object
     },
     "frozen_norm": {"objective": "rslad", "swa": 0.3},
     "norm": {"objective": "rslad"},
+    "sharded": {"objective": "adaad", "shard_teacher": True},
+    "sharded_slope": {"objective": "saad", "shard_teacher": True},
 }
-FAST = ["crdnd", "crd", "mtard", "parts", "frozen_norm", "norm"]
+FAST = ["crdnd", "crd", "mtard", "parts", "frozen_norm", "norm", "sharded"]
 RESUMED = ["crdnd", "crd", "parts", "norm"]
 
 
@@ -130,7 +132,7 @@ def _begin(work: Callable[..., None], rank: int, count: int, port: int, folder: 
 def launch(
     count: int, work: Callable[..., None], folder: Path, *arguments: Any, silent: int | None = None
 ) -> list[int | None]:
-    """The exit codes of so many processes that share a run, all but that of a silent one, which is killed in the end."""
+    """The exit codes of so many processes that share a run; None for a silent one, which is killed in the end."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     started = [
@@ -291,6 +293,50 @@ def test_a_signal_to_one_process_saves_and_ends_all(number, code, victim, tmp_pa
     assert read_checkpoint(tmp_path / "crdnd").step == 6
     for rank in (0, 1):
         assert said(tmp_path, rank).startswith("stopped at step 6 of 20; everything is saved in ")
+
+
+# Teachers in parts
+
+
+def compare_teachers(folder: Path, rank: int) -> None:
+    """Outputs, input gradients and the share of the weights that is here, for layers on their own and together."""
+    processes()
+    teacher, x = create_model("cnn", input_shape=SHAPE, num_classes=CLASSES, width=4, seed=1).eval(), images().float()
+    for size in (1, 100, 10**9):
+        engine_processes.LARGE_LAYER = size
+        network = engine_processes.sharded(teacher, torch.device("cpu"))
+        here = sum(parameter.to_local().numel() for parameter in network.parameters())
+        assert 0.4 < here / parameter_count(teacher) < 0.6
+        answers = []
+        for one in (teacher, network, network):
+            z = x.clone().requires_grad_(True)
+            logits = one(z)
+            answers.append((logits, torch.autograd.grad(logits.square().sum(), z)[0]))
+        for logits, gradient in answers[1:]:
+            torch.testing.assert_close(logits, answers[0][0])
+            torch.testing.assert_close(gradient, answers[0][1])
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), answers[0][0])
+        assert all(parameter.requires_grad for parameter in teacher.parameters()), "it is left alone"
+
+
+def test_a_teacher_in_parts_says_what_it_says_as_a_whole(tmp_path):
+    assert launch(2, compare_teachers, tmp_path) == [0, 0]
+
+
+def test_joined_batch_norm_is_refused_where_torch_does_not_have_it(tmp_path):
+    with pytest.raises(InputError, match="sync_batch_norm: torch has it for GPUs only"):
+        distill(
+            WithNorm(freeze=False).double(),
+            Splits(*(ImageData(images(count), torch.arange(count) % CLASSES, CLASSES) for count in (12, 7))),
+            teacher=TinyNet(seed=2),
+            objective="rslad",
+            threat=ThreatModel(norm="linf", eps=0.1),
+            sync_batch_norm=True,
+            batch_size=BATCH,
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
 
 
 # What only the main process does

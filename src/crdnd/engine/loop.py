@@ -144,7 +144,9 @@ class Trainer:
             self.student.train()
         with ExitStack() as stack:
             for teacher in self.teachers:
-                stack.enter_context(frozen(teacher, self._probe))
+                # Nothing of a sharded one can be folded: this process has but a part of its weights.
+                whole = self.shared.count == 1 or not self.settings.shard_teacher
+                stack.enter_context(frozen(teacher, self._probe) if whole else evaluating(teacher))
             request = stack.enter_context(stop_requests())
             self._resume()
             self._last_save = time.monotonic()

@@ -1,5 +1,6 @@
 """The processes that share a run: what they add up, what they agree on, and what is heard of one that has ended."""
 
+import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,13 +10,16 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 
 from crdnd.errors import RunError, first_line
 from crdnd.objectives import Processes
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for one that is silent; one that has died is noticed as its connection closes."""
+
+LARGE_LAYER = 100_000
+"""Numbers from which on a layer of a sharded network has a message of its own."""
 
 
 def processes() -> PartialState:
@@ -79,6 +83,24 @@ class SharedRun(Processes):
         with _heard():
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(told[0]) or None, bool(told[1])
+
+
+def sharded(network: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of a network of whose weights every process keeps its part; they meet layer by layer in a pass.
+
+    It has to be called by all processes together, forwards and backwards. Small layers stay whole from pass to pass once they met.
+    """
+    # Importing them takes as long as many a start of a run.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    network = copy.deepcopy(network).requires_grad_(False)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in reversed(list(network.modules())[1:]):  # inner ones first: an outer one takes what is left
+        if sum(parameter.numel() for parameter in layer.parameters(recurse=False)) >= LARGE_LAYER:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
-from crdnd.engine.processes import SharedRun, processes
+from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
@@ -232,6 +232,10 @@ def _run(
     }
     shared = SharedRun(processes())
     accelerator = _accelerator(settings, out, shared.count)
+    if settings.shard_teacher and shared.count > 1:
+        teachers = tuple(sharded(teacher, accelerator.device) for teacher in teachers)
+    if settings.sync_batch_norm:
+        student = _synchronised(student, accelerator.device)
     # Before anything is written or moved; a run that goes on has it in its file.
     _, known = shared.agree(main=(out / RUN).exists() and not fresh)
     checks = [] if known else _check_teachers(teachers, splits.validation.to(accelerator.device), settings)
@@ -402,6 +406,14 @@ def _finish(
                 save_model(folder, models[label], card)
     assert trainer.best_epoch is not None, "the last epoch is always validated"  # noqa: S101
     return Run(out, models[select], models[other], trainer.settings, trainer.history, trainer.best_epoch, reused)
+
+
+def _synchronised(student: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cuda":
+        raise InputError(
+            "sync_batch_norm: torch has it for GPUs only; leave it away, and every process normalises by its own share."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
 def _accelerator(settings: TrainSettings, out: Path, count: int) -> Accelerator:
