@@ -88,7 +88,7 @@ class SharedRun(Processes):
 def sharded(network: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy of a network of whose weights every process keeps its part; they meet layer by layer in a pass.
 
-    It has to be called by all processes together, forwards and backwards. Small layers stay whole from pass to pass once they met.
+    It has to be called by all processes together, forwards and backwards. Small layers stay whole once they have met.
     """
     # Importing them takes as long as many a start of a run.
     from torch.distributed.device_mesh import init_device_mesh
