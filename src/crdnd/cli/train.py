@@ -1,5 +1,6 @@
 """`crdnd train` and `crdnd distill`."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -122,15 +123,18 @@ REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "
 
 
 def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
+    from crdnd.engine.processes import processes
     from crdnd.recipe import make_recipe
 
     for key, option in REQUIRED.items():
         if key not in settings:
             raise InputError(f"{key}: this setting is required; give it with {option} or in a recipe.")
     recipe = make_recipe(settings)
-    with showing(recipe.objective.name) as listener:
+    speaks = processes().is_main_process
+    with showing(recipe.objective.name) if speaks else nullcontext() as listener:
         run = recipe.run(fresh=fresh, listener=listener)
-    _report(run, json=json)
+    if speaks:
+        _report(run, json=json)
 
 
 def _report(run: "Run", *, json: bool) -> None:

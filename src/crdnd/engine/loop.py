@@ -2,7 +2,8 @@
 
 Order, augmentation and attack starts are pure functions of (seed, epoch, sample), the learning rate of the step. So
 all that a resume must bring back is: weights, optimiser, averages, the objective's state, the sums of the unfinished
-epoch, and torch's own generator (for modules such as dropout).
+epoch, and torch's own generator (for modules such as dropout). Between two steps all of that is the same in every
+process, but for the sums, which are added up before they are saved; so a run may go on with another number of them.
 """
 
 import copy
@@ -23,13 +24,20 @@ from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
-from crdnd.engine.processes import SharedBatch
+from crdnd.engine.processes import SharedRun
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
-from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
+from crdnd.engine.weights import (
+    average,
+    keeping_statistics,
+    moving_statistics,
+    perturbable,
+    perturbed,
+    reestimate_batch_norm,
+)
 from crdnd.errors import DivergenceError, Interrupted, RunError
 from crdnd.models import evaluating, load_tensors, state
 from crdnd.objectives import Objective, TrainingAttack
@@ -65,7 +73,8 @@ class Trainer:
         data: training and validation data.
         settings: the run's settings.
         folder: where the run lives; exists, and is held by this process.
-        accelerator: device, processes and trackers.
+        accelerator: device, backward passes and trackers.
+        shared: the processes that share the run.
         listener: called after every step.
     """
 
@@ -79,16 +88,18 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         accelerator: Accelerator,
+        shared: SharedRun,
         listener: Listener | None = None,
     ) -> None:
         device = accelerator.device
         self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
+        self.shared = shared
         self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
         self.student, self.teachers = student.to(device), teachers
         averages = settings.ema is not None or settings.swa is not None
         self.averaged = copy.deepcopy(self.student).eval() if averages else None
         self.objective = objective.to(device)
-        self.objective.processes = SharedBatch(accelerator)
+        self.objective.processes = shared
         self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.trained, settings.optimizer)
         first = torch.arange(min(PROBE, len(self.train_data)), device=device)
@@ -108,8 +119,7 @@ class Trainer:
             igdm=settings.igdm,
             folding=folding,
         )
-        processes = accelerator.num_processes
-        self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
+        self.batch_size = min(settings.batch_size, len(self.train_data) // shared.count * shared.count)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -134,7 +144,9 @@ class Trainer:
             self.student.train()
         with ExitStack() as stack:
             for teacher in self.teachers:
-                stack.enter_context(frozen(teacher, self._probe))
+                # Nothing of a sharded one can be folded: this process has but a part of its weights.
+                whole = self.shared.count == 1 or not self.settings.shard_teacher
+                stack.enter_context(frozen(teacher, self._probe) if whole else evaluating(teacher))
             request = stack.enter_context(stop_requests())
             self._resume()
             self._last_save = time.monotonic()
@@ -166,7 +178,8 @@ class Trainer:
         try:
             x = self.train_data.pixels(ids)
         except RunError:  # a file of streamed data; nothing of this step has happened yet
-            self._save()
+            if self.shared.count == 1:  # the others are in the middle of theirs, and cannot add up what to save
+                self._save()
             raise
         if index + 1 < self.steps_per_epoch:
             self.train_data.expect(self._ids(epoch, index + 1))
@@ -187,7 +200,8 @@ class Trainer:
             terms, views = self.step_function.terms(batch)
             loss = terms.total
             self.accelerator.backward(loss)
-        self._share_gradients()
+        if self.shared.count > 1:
+            self._share()
         if self.settings.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_grad_norm)
         self.optimizer.step()
@@ -210,13 +224,12 @@ class Trainer:
         with keeping_statistics(self.student):
             loss = self.step_function.terms(batch)[0].total
             gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in gradients]
-        return perturbed(weights, gradients, awp.gamma)
+        return perturbed(weights, self.shared.means(gradients), awp.gamma)
 
     def _ids(self, epoch: int, index: int) -> Tensor:
         """This process's share of a batch, int64 on the CPU; draws are keyed by sample and do not depend on it."""
         ids = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        return ids[self.accelerator.process_index :: self.accelerator.num_processes]
+        return ids[self.shared.index :: self.shared.count]
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's order of the samples, int64 (N,); worked out once an epoch."""
@@ -224,12 +237,18 @@ class Trainer:
             self._order_of = epoch, permutation(len(self.train_data), "order", self.settings.seed_for("order"), epoch)
         return self._order_of[1]
 
-    def _share_gradients(self) -> None:
-        """Average the gradients over the processes; with equal shares that is the gradient of the joined batch."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.trained:
-                if parameter.grad is not None:
-                    parameter.grad = cast("Tensor", self.accelerator.reduce(parameter.grad, "mean"))
+    def _share(self) -> None:
+        """Average gradients and batch-norm statistics over the processes; they stay the same network everywhere.
+
+        With equal shares that is the gradient of the joined batch, but for what batch norm does to a share.
+        """
+        learned = [parameter for parameter in self.trained if parameter.grad is not None]
+        statistics = moving_statistics(self.student)
+        means = self.shared.means([*(cast("Tensor", parameter.grad) for parameter in learned), *statistics])
+        for parameter, gradient in zip(learned, means[: len(learned)], strict=True):
+            parameter.grad = gradient
+        for own, joined in zip(statistics, means[len(learned) :], strict=True):
+            own.copy_(joined)
 
     def _note(self, values: dict[str, Tensor]) -> None:
         """Add to the epoch's sums, on the device; look at them only as often as looking is free or due."""
@@ -250,8 +269,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         self._refuse_nan()
         epoch = self.step // self.steps_per_epoch
-        sums = {name: cast("Tensor", self.accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
-        means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}
+        means = {name: value.item() / self.steps_per_epoch for name, value in self._joined_sums().items()}
         self._average_epoch(epoch)
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
@@ -267,11 +285,20 @@ class Trainer:
         )
         self.history += (entry,)
         self.sums, self.seconds = {}, 0.0
-        for name in self.objective.summed if self.accelerator.num_processes > 1 else ():
-            counted = self.objective.get_buffer(name)
-            counted.copy_(cast("Tensor", self.accelerator.reduce(counted, "sum")))
+        for name, total in self._joined_counts().items():
+            self.objective.get_buffer(name).copy_(total)
         self.objective.end_epoch()
         self._report(entry)
+
+    def _joined_sums(self) -> dict[str, Tensor]:
+        """The epoch's sums so far, of the joined batches."""
+        names = sorted(self.sums)  # a file gives them back in an order of its own, in every process another
+        return dict(zip(names, self.shared.means([self.sums[name] for name in names]), strict=True))
+
+    def _joined_counts(self) -> dict[str, Tensor]:
+        """The objective's sums over samples so far, of all processes."""
+        names = self.objective.summed
+        return dict(zip(names, self.shared.sums([self.objective.get_buffer(name) for name in names]), strict=True))
 
     def _average_epoch(self, epoch: int) -> None:
         """Take the weights at the end of an epoch into their average (SWA); before its start they are the average."""
@@ -315,12 +342,14 @@ class Trainer:
     def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
+        # A signal reaches one process, and clocks differ: all save or none.
+        stop, late = self.shared.agree(request.exit_code, main=late)
         due = self.step % every == 0 if every else ends_epoch and late
-        saved = due or self.finished or request.exit_code is not None
-        if saved:
+        if due or self.finished or stop is not None:
             self._save()
-        # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
-        stop = request.exit_code if saved else None
+            # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
+            # And nobody ends before the main process has written it: launchers then end all the others.
+            stop, _ = self.shared.agree(request.exit_code)
         if stop is not None and not self.finished:
             raise Interrupted(
                 f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
@@ -335,7 +364,8 @@ class Trainer:
                 f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
                 "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )
-        if self.accelerator.is_main_process:
+        tensors = self._tensors()
+        if self.shared.is_main:
             checkpoint = Checkpoint(
                 schema=SCHEMA,
                 step=self.step,
@@ -344,17 +374,17 @@ class Trainer:
                 history=self.history,
                 best_epoch=self.best_epoch,
             )
-            save_checkpoint(self.folder, checkpoint, self._tensors())
+            save_checkpoint(self.folder, checkpoint, tensors)
         self._last_save = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
         parts: dict[str, dict[str, Tensor]] = {
             "student": state(self.student),
             "averaged": state(self.averaged) if self.averaged is not None else {},
-            "objective": state(self.objective),
+            "objective": state(self.objective) | self._joined_counts(),
             "best": self.best,
-            "sums": self.sums,
-            "random": _random_states(),
+            "sums": self._joined_sums(),
+            "random": _random_states(self.accelerator.device),
         }
         for index, values in self.optimizer.state_dict()["state"].items():
             parts[f"optimizer.{index}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -383,7 +413,9 @@ class Trainer:
             if part.startswith("optimizer.")
         }
         self.optimizer.load_state_dict(optimizer)
-        _set_random_states(parts.get("random", {}))
+        _set_random_states(parts.get("random", {}), device)
+        for name in self.objective.summed if not self.shared.is_main else ():  # the main process has all of them
+            self.objective.get_buffer(name).zero_()
         self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
         self.seconds = checkpoint.seconds
         if not self.finished:
@@ -407,16 +439,15 @@ def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torc
     )
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_random_states(states: dict[str, Tensor]) -> None:
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
-    cuda = [states[key] for key in sorted(states) if key.startswith("cuda")]
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

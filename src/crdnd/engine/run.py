@@ -23,6 +23,7 @@ from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Epoch
 from crdnd.engine.loop import Listener, Trainer
+from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
@@ -229,36 +230,41 @@ def _run(
         "second_teacher": sha256s[1][:16] if len(sha256s) > 1 else None,
         "model": _describe(student),
     }
-    accelerator = _accelerator(settings, out)
+    shared = SharedRun(processes())
+    accelerator = _accelerator(settings, out, shared.count)
+    if settings.shard_teacher and shared.count > 1:
+        teachers = tuple(sharded(teacher, accelerator.device) for teacher in teachers)
+    if settings.sync_batch_norm:
+        student = _synchronised(student, accelerator.device)
     # Before anything is written or moved; a run that goes on has it in its file.
-    known = (out / RUN).exists() and not fresh
+    _, known = shared.agree(main=(out / RUN).exists() and not fresh)
     checks = [] if known else _check_teachers(teachers, splits.validation.to(accelerator.device), settings)
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
-    with exclusive(out) if accelerator.is_main_process else nullcontext():
+    with exclusive(out) if shared.is_main else nullcontext():
         aside = None
-        if accelerator.is_main_process:
+        if shared.is_main:
             if fresh:
                 aside = move_aside(out)
             _remove_torn_writes(out)
             _open_run(out, settings, identity, checks)
-        accelerator.wait_for_everyone()
+        shared.agree()
         threads = _open_run(out, settings, identity, checks)
-        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
-        with _logged(out), _threads(threads), torch.random.fork_rng():
+        reused = is_finished(out)
+        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener)
+        with _logged(out) if shared.is_main else nullcontext(), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
-            for check in checks if accelerator.is_main_process else ():
+            for check in checks if shared.is_main else ():
                 log.info("%s", check)
                 if check.warning:
                     log.warning("%s", check.warning)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
-            reused = is_finished(out)
             trainer.fit()
         for tracker in accelerator.trackers:
             tracker.finish()
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
-        accelerator.wait_for_everyone()
+        shared.agree()  # the folders are whole
         return run
 
 
@@ -378,7 +384,7 @@ def _finish(
     models = {"best": best.eval(), "last": last.eval()}
     select = trainer.settings.select
     other: Literal["best", "last"] = "last" if select == "best" else "best"
-    if trainer.accelerator.is_main_process:
+    if trainer.shared.is_main:
         folders: dict[Literal["best", "last"], Path] = {other: out / other, select: out}
         for label, folder in folders.items():
             if not (reused and is_model_folder(folder)):
@@ -402,17 +408,24 @@ def _finish(
     return Run(out, models[select], models[other], trainer.settings, trainer.history, trainer.best_epoch, reused)
 
 
-def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+def _synchronised(student: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cuda":
+        raise InputError(
+            "sync_batch_norm: torch has it for GPUs only; leave it away, and every process normalises by its own share."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
+
+
+def _accelerator(settings: TrainSettings, out: Path, count: int) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in settings.trackers:
         if name not in available:  # Accelerate itself would leave it out without a word
             raise InputError(f"trackers: {name} is not installed or not known to Accelerate; pip install {name}")
+    if settings.batch_size % count:
+        raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {count} processes.")
     accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
     if settings.trackers:
         accelerator.init_trackers("crdnd")
-    processes = accelerator.num_processes
-    if settings.batch_size % processes:
-        raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {processes} processes.")
     return accelerator
 
 

@@ -159,6 +159,16 @@ class TrainSettings(Frozen):
         "idbh_weak, mixup or cutmix (see `crdnd.data.augment`); several as crop_flip+cutmix; or phases, such as "
         "[{name: cropshift, until: 0.5}, {name: idbh_weak}]. An epoch has the phase in which it begins.",
     )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="Whether the student's batch norms normalise by the joined batch of all processes instead of each "
+        "process's share; on GPUs only.",
+    )
+    shard_teacher: bool = Field(
+        default=False,
+        description="Whether several processes keep a part of each teacher's weights each (FSDP), for teachers that do "
+        "not fit a device; slower.",
+    )
     validate_every: int = Field(
         default=1, ge=1, description="Epochs between validations; the last epoch always has one."
     )
@@ -224,7 +234,7 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher"})
+FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "shard_teacher"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

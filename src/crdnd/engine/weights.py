@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from crdnd.attacks import true_float32
 from crdnd.data import ImageData
@@ -50,6 +50,13 @@ def reestimate_batch_norm(network: nn.Module, data: ImageData, batch_size: int) 
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def moving_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances that a step moves; those of layers in eval mode stay as they are."""
+    norms = [module for module in network.modules() if isinstance(module, _NormBase) and module.training]
+    found = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in found if value is not None]
 
 
 @contextmanager
