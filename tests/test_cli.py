@@ -95,6 +95,9 @@ OPTIONS = {
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
     "recipes": {"--json"},
+    "runs": {"--json"},
+    "status": {"--json"},
+    "watch": set(),
     "estimate": {
         "--set", "--data", "--teacher", "--second-teacher", "--teacher-model", "--model", "--objective", "--eps",
         "--norm", "--epochs", "--json",

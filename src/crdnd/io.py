@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from filelock import FileLock, Timeout
 from crdnd.errors import InputError, RunError
 
 LOCK = ".lock"
+SECONDS_OF_A_LOOK = 0.2
+"""`is_held` holds a lock for a moment; whoever wants it tries for longer than that."""
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -118,7 +121,7 @@ def exclusive(folder: Path) -> Generator[None]:
     """
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=SECONDS_OF_A_LOOK, poll_interval=0.02)
     except Timeout:
         raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out.") from None
     except OSError as error:
@@ -127,6 +130,34 @@ def exclusive(folder: Path) -> Generator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run's folder; nothing in it changes by asking, and nobody is kept from it."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            return not _can_lock(file.fileno())
+    except OSError:
+        return False
+
+
+def _can_lock(handle: int) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several may look at once; closing lets go
+    except BlockingIOError:
+        return False
+    return True
 
 
 def cannot_write(path: Path, error: OSError) -> RunError | InputError:

@@ -31,6 +31,8 @@ class Checkpoint(Frozen):
     sha256: str = ""
     step: int
     """Optimiser steps done."""
+    steps: int | None = None
+    """Of the whole run; older versions did not say."""
     finished: bool
     seconds: float
     """Of the unfinished epoch so far."""

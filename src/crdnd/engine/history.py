@@ -21,6 +21,9 @@ class Epoch(Frozen):
     """The weighted terms that add up to `loss`."""
     learning_rate: float
     seconds: float
+    """Of its steps."""
+    validation_seconds: float = 0.0
+    """Of its validation, averages of weights and statistics included."""
     student_passes: float = 0.0
     """Evaluations of the student for each training image, those of the attack included."""
     teacher_passes: float = 0.0

@@ -23,6 +23,7 @@ from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.pace import Pace, TimeLeft, time_left
 from crdnd.engine.processes import SharedBatch
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
@@ -49,6 +50,8 @@ class Progress:
     step: int
     steps: int
     history: tuple[Epoch, ...]
+    left: TimeLeft | None
+    """None before the first steps are measured."""
 
 
 Listener = Callable[[Progress], None]
@@ -137,17 +140,35 @@ class Trainer:
                 stack.enter_context(frozen(teacher, self._probe))
             request = stack.enter_context(stop_requests())
             self._resume()
+            pace = Pace(self.folder)
+            pace.forget()
             self._last_save = time.monotonic()
             while self.step < self.total_steps:
                 started = time.monotonic()
                 self._one_step()
-                self.seconds += time.monotonic() - started
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 if ends_epoch:
+                    self._refuse_nan()  # here a device's queue is waited for, which is a part of the steps' time
+                stepped = time.monotonic()
+                self.seconds += stepped - started
+                if ends_epoch:
                     self._end_epoch()
+                saving = time.monotonic()
                 self._save_if_due(ends_epoch, request)
-                if self.listener:
-                    self.listener(Progress(self.step, self.total_steps, self.history))
+                pace.step(stepped - started + time.monotonic() - saving)
+                self._tell(pace)
+            pace.forget()
+
+    def _tell(self, pace: Pace) -> None:
+        """Say where the run is: to its listener, and now and then to whoever reads its folder."""
+        settings = self.settings
+        left = time_left(
+            self.step, self.total_steps, settings.epochs, settings.validate_every, self.history, pace.step_seconds
+        )
+        if self.accelerator.is_main_process:
+            pace.note(self.step, self.seconds, left)
+        if self.listener:
+            self.listener(Progress(self.step, self.total_steps, self.history, left))
 
     @property
     def finished(self) -> bool:
@@ -248,11 +269,11 @@ class Trainer:
             )
 
     def _end_epoch(self) -> None:
-        self._refuse_nan()
         epoch = self.step // self.steps_per_epoch
         sums = {name: cast("Tensor", self.accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
         means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}
         self._average_epoch(epoch)
+        started = time.monotonic()
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
         entry = Epoch(
@@ -261,6 +282,7 @@ class Trainer:
             terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=round(self.seconds, 3),
+            validation_seconds=round(time.monotonic() - started, 3) if validation else 0.0,
             student_passes=means.get("passes.student", 0.0),
             teacher_passes=means.get("passes.teacher", 0.0),
             validation=validation,
@@ -339,6 +361,7 @@ class Trainer:
             checkpoint = Checkpoint(
                 schema=SCHEMA,
                 step=self.step,
+                steps=self.total_steps,
                 finished=self.finished,
                 seconds=self.seconds,
                 history=self.history,

@@ -26,7 +26,7 @@ from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
-from crdnd.errors import InputError
+from crdnd.errors import DivergenceError, InputError, Interrupted, RunError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
     Adapted,
@@ -44,7 +44,9 @@ from crdnd.objectives import Objective, Sizes, TrainingAttack, load_objective, n
 
 log = logging.getLogger("crdnd")
 
-RUN, SCHEMA = "run.json", "crdnd.run/1"
+RUN, LOG, SCHEMA = "run.json", "run.log", "crdnd.run/1"
+DIVERGED = " ERROR diverged: "
+"""In the last line of the log of a run whose loss or weights are not finite any more."""
 VALIDATION_PART = 0.15
 
 DataSource = str | Splits | ImageData | tuple[torch.Tensor, torch.Tensor] | MapDataset
@@ -432,16 +434,26 @@ def _threads(count: int) -> Generator[None]:
 def _logged(out: Path) -> Generator[None]:
     """Write what happens to the run's own log."""
     try:
-        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+        handler = logging.FileHandler(out / LOG, encoding="utf-8")
     except OSError as error:
-        raise cannot_write(out / "run.log", error) from error
+        raise cannot_write(out / LOG, error) from error
     handler.handleError = lambda record: None  # a full disk must not fill the terminal; saving will say so in one line
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+    def end(how: str, why: BaseException) -> None:  # to the file alone: the caller says it to people
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, f"{how}: {why}", (), None))
+
     try:
         yield
+    except DivergenceError as error:
+        end("diverged", error)
+        raise
+    except (RunError, Interrupted) as error:
+        end("ended", error)
+        raise
     finally:
         log.setLevel(level)
         log.removeHandler(handler)
