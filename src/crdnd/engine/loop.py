@@ -329,7 +329,15 @@ class Trainer:
         found = entry.validation
         text = f", validation clean {found.clean.percent:.1f} robust {found.robust.percent:.1f}" if found else ""
         log.info("epoch %d/%d: loss %.4f%s", entry.epoch, self.settings.epochs, entry.loss, text)
-        values = {"loss": entry.loss, "learning_rate": entry.learning_rate, **entry.terms}
+        images = self.steps_per_epoch * self.batch_size
+        values = {
+            "loss": entry.loss,
+            **{f"terms/{name}": mean for name, mean in entry.terms.items()},
+            "learning_rate": entry.learning_rate,
+            "images_per_second": images / max(entry.seconds, 1e-3),
+            "passes/student": entry.student_passes,
+            "passes/teacher": entry.teacher_passes,
+        }
         if found:
             values |= {"validation/clean": found.clean.percent, "validation/robust": found.robust.percent}
         self.accelerator.log(values, step=self.step)

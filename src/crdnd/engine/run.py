@@ -256,9 +256,8 @@ def _run(
                     log.warning("%s", check.warning)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             reused = is_finished(out)
-            trainer.fit()
-        for tracker in accelerator.trackers:
-            tracker.finish()
+            with nullcontext() if reused else _tracked(accelerator, settings, out):
+                trainer.fit()
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
         accelerator.wait_for_everyone()
         return run
@@ -410,12 +409,43 @@ def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
         if name not in available:  # Accelerate itself would leave it out without a word
             raise InputError(f"trackers: {name} is not installed or not known to Accelerate; pip install {name}")
     accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
-    if settings.trackers:
-        accelerator.init_trackers("crdnd")
     processes = accelerator.num_processes
     if settings.batch_size % processes:
         raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {processes} processes.")
     return accelerator
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, settings: TrainSettings, out: Path) -> Generator[None]:
+    """The run's trackers for the body's time; a run that goes on continues the series that it began.
+
+    TensorBoard's lie in the run's folder; what was logged after the checkpoint is dropped, for it is logged again. W&B
+    knows the run by the moment and place of its start. MLflow takes the run to go on with from MLFLOW_RUN_ID.
+    """
+    if not settings.trackers:
+        yield
+        return
+    saved = read_checkpoint(out)
+    began = f"{read_json(out / RUN).get('started')} {out.resolve()}"
+    wandb = {
+        "id": hashlib.sha256(began.encode()).hexdigest()[:16],
+        "resume": "allow",
+        "name": out.name,
+        "dir": str(out),
+    }
+    accelerator.init_trackers(
+        "crdnd",
+        init_kwargs={
+            "tensorboard": {"purge_step": saved.step + 1 if saved else 1},
+            "wandb": wandb,
+            "mlflow": {"run_name": out.name},
+        },
+    )
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @contextmanager

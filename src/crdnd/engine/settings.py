@@ -174,7 +174,11 @@ class TrainSettings(Frozen):
         ge=1,
         description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
     )
-    trackers: tuple[str, ...] = Field(default=(), description="Experiment trackers of Accelerate, such as tensorboard.")
+    trackers: tuple[str, ...] = Field(
+        default=(),
+        description="Experiment trackers of Accelerate: tensorboard, wandb, mlflow and others. Where nothing is set, "
+        "`crdnd train` and `crdnd distill` take tensorboard if it is installed.",
+    )
 
     def seed_for(self, purpose: Literal["init", "order", "augment", "attack"]) -> int:
         """The seed of that purpose: its own, or the run's."""
