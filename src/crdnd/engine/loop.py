@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
-from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.history import Change, Epoch, Validation
 from crdnd.engine.pace import Pace, TimeLeft, time_left
 from crdnd.engine.processes import SharedBatch
 from crdnd.engine.schedule import learning_rate_factor
@@ -39,8 +39,11 @@ from crdnd.random import Stream, permutation
 log = logging.getLogger("crdnd")
 
 SECONDS_BETWEEN_SAVES = 10.0
+# What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
+GOOD, STEP = "good/", "step/done"
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
 STEPS_BETWEEN_LOOKS = 50
+MOST_RETRIES = 2
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Trainer:
         folder: where the run lives; exists, and is held by this process.
         accelerator: device, processes and trackers.
         listener: called after every step.
+        on_change: called with all that the run has changed about itself, once it goes on with it.
     """
 
     def __init__(
@@ -83,9 +87,11 @@ class Trainer:
         folder: Path,
         accelerator: Accelerator,
         listener: Listener | None = None,
+        on_change: Callable[[tuple[Change, ...]], None] = lambda changes: None,
     ) -> None:
         device = accelerator.device
         self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
+        self.on_change = on_change
         self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
         self.student, self.teachers = student.to(device), teachers
         averages = settings.ema is not None or settings.swa is not None
@@ -122,6 +128,9 @@ class Trainer:
         self.best_epoch: int | None = None
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.changes: tuple[Change, ...] = ()
+        # The state at the end of the epoch before, where a run that turns NaN goes back to.
+        self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
         self._last_save = 0.0
 
@@ -144,20 +153,30 @@ class Trainer:
             pace.forget()
             self._last_save = time.monotonic()
             while self.step < self.total_steps:
-                started = time.monotonic()
-                self._one_step()
-                ends_epoch = self.step % self.steps_per_epoch == 0
-                if ends_epoch:
-                    self._refuse_nan()  # here a device's queue is waited for, which is a part of the steps' time
-                stepped = time.monotonic()
-                self.seconds += stepped - started
-                if ends_epoch:
-                    self._end_epoch()
-                saving = time.monotonic()
-                self._save_if_due(ends_epoch, request)
-                pace.step(stepped - started + time.monotonic() - saving)
+                try:
+                    self._advance(pace, request)
+                except DivergenceError as error:
+                    self._retry(error)
                 self._tell(pace)
             pace.forget()
+
+    def _advance(self, pace: Pace, request: StopRequest) -> None:
+        """One step, and what is due after it."""
+        started = time.monotonic()
+        self._one_step()
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if ends_epoch:
+            self._refuse_nan()  # here a device's queue is waited for, which is a part of the steps' time
+            self._refuse_nan_weights()
+        stepped = time.monotonic()
+        self.seconds += stepped - started
+        if ends_epoch:
+            self._end_epoch()
+        saving = time.monotonic()
+        self._save_if_due(ends_epoch, request)
+        if ends_epoch:
+            self._remember()
+        pace.step(stepped - started + time.monotonic() - saving)
 
     def _tell(self, pace: Pace) -> None:
         """Say where the run is: to its listener, and now and then to whoever reads its folder."""
@@ -202,7 +221,7 @@ class Trainer:
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
         batch = self.step_function.prepare(x, y, stream, progress, target)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
+            group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
         self.optimizer.zero_grad(set_to_none=True)
         with self._worst_weights(batch):
             terms, views = self.step_function.terms(batch)
@@ -264,7 +283,7 @@ class Trainer:
         if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
             raise DivergenceError(
                 f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
-                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
+                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self._highest_rate:g}) "
                 "or set clip_grad_norm, and start over with --fresh."
             )
 
@@ -360,11 +379,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._refuse_nan()
-        if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
-            raise DivergenceError(
-                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
-                "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
-            )
+        self._refuse_nan_weights()
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 schema=SCHEMA,
@@ -374,9 +389,54 @@ class Trainer:
                 seconds=self.seconds,
                 history=self.history,
                 best_epoch=self.best_epoch,
+                changes=self.changes,
             )
-            save_checkpoint(self.folder, checkpoint, self._tensors())
+            inside = self.step % self.steps_per_epoch > 0  # else it is what a run that goes on remembers anyway
+            good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
+            save_checkpoint(self.folder, checkpoint, self._tensors() | good)
         self._last_save = time.monotonic()
+
+    def _refuse_nan_weights(self) -> None:
+        if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
+            raise DivergenceError(
+                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
+                "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
+            )
+
+    @property
+    def _retries(self) -> int:
+        """How often the learning rate was halved."""
+        return sum(change.what == "learning_rate" for change in self.changes)
+
+    @property
+    def _highest_rate(self) -> float:
+        return self.settings.optimizer.learning_rate * 0.5**self._retries
+
+    def _remember(self) -> None:
+        """Keep the state at the end of an epoch.
+
+        Always that one and not the last checkpoint, whose moment depends on the clock and on signals: a run that was
+        stopped and one that was not go back to the same state.
+        """
+        if self.settings.on_nan == "retry":
+            self._good = {key: value.detach().cpu().clone() for key, value in self._tensors().items()}
+            self._good[STEP] = torch.tensor(self.step)
+
+    def _retry(self, error: DivergenceError) -> None:
+        """Go back to the end of the epoch before with half the learning rate, or give up."""
+        if self.settings.on_nan != "retry" or self._retries == MOST_RETRIES:
+            raise DivergenceError(f"{error} It went back {self._retries} times already.") if self._retries else error
+        self.step, self.seconds = int(self._good[STEP]), 0.0
+        self._restore({key: value.clone() for key, value in self._good.items()}, "the end of the epoch before")
+        why = str(error).partition(";")[0]
+        self._change(Change(what="learning_rate", value=self._highest_rate / 2, step=self.step, why=why))
+
+    def _change(self, change: Change) -> None:
+        """Take note of a change, say it, and save it at once, so that a run that goes on keeps it."""
+        self.changes += (change,)
+        log.warning("%s; going on from step %d with %s %g", change.why, change.step, change.what, change.value)
+        self._save()
+        self.on_change(self.changes)
 
     def _tensors(self) -> dict[str, Tensor]:
         parts: dict[str, dict[str, Tensor]] = {
@@ -394,8 +454,24 @@ class Trainer:
     def _resume(self) -> None:
         found = load_checkpoint(self.folder)
         if found is None:
+            self._remember()
             return
         checkpoint, tensors = found
+        self._good = {key.removeprefix(GOOD): value for key, value in tensors.items() if key.startswith(GOOD)}
+        now = {key: value for key, value in tensors.items() if not key.startswith(GOOD)}
+        self._restore(now, str(self.folder / checkpoint.file))
+        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
+        self.seconds = checkpoint.seconds
+        self.changes = checkpoint.changes
+        if not self._good:
+            self._remember()
+        if self.changes:
+            self.on_change(self.changes)  # a kill may have come between the checkpoint and this
+        if not self.finished:
+            log.info("going on from step %d of %d", self.step, self.total_steps)
+
+    def _restore(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Bring back weights, optimiser, averages, the method's state, sums and torch's generator."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, key = name.partition("/")
@@ -403,7 +479,7 @@ class Trainer:
         loaded = {"student": self.student, "averaged": self.averaged, "objective": self.objective}
         for part, module in loaded.items():
             if module is not None:
-                load_tensors(module, parts.get(part, {}), str(self.folder / checkpoint.file), WAY_OUT)
+                load_tensors(module, parts.get(part, {}), where, WAY_OUT)
         device = self.accelerator.device
         self.best = {key: value.to(device) for key, value in parts.get("best", {}).items()}
         self.sums = {key: value.to(device) for key, value in parts.get("sums", {}).items()}
@@ -415,10 +491,6 @@ class Trainer:
         }
         self.optimizer.load_state_dict(optimizer)
         _set_random_states(parts.get("random", {}))
-        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
-        self.seconds = checkpoint.seconds
-        if not self.finished:
-            log.info("going on from step %d of %d", self.step, self.total_steps)
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.settings.precision == "fp32":

@@ -21,7 +21,7 @@ from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
-from crdnd.engine.history import Epoch
+from crdnd.engine.history import Change, Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
@@ -246,7 +246,10 @@ def _run(
             _open_run(out, settings, identity, checks)
         accelerator.wait_for_everyone()
         threads = _open_run(out, settings, identity, checks)
-        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
+        trainer = Trainer(
+            student, teachers, objective, attack, splits, settings, out, accelerator, listener,
+            lambda changes: _record(out, changes) if accelerator.is_main_process else None,
+        )  # fmt: skip
         with _logged(out), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
@@ -344,6 +347,14 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
     return int(document.get("threads", torch.get_num_threads()))
 
 
+def _record(out: Path, changes: Sequence[Change]) -> None:
+    """Write into the run's own document what it changed about itself."""
+    document = read_json(out / RUN)
+    made = [change.model_dump(mode="json") for change in changes]
+    if document.get("changes") != made:
+        atomic_write_text(out / RUN, json.dumps(document | {"changes": made}, indent=1) + "\n")
+
+
 def _remove_torn_writes(out: Path) -> None:
     """Remove what a kill in the middle of a write left behind; nothing ever points to it."""
     for folder in (out, out / "best", out / "last"):  # no deeper: other runs may live in folders below
@@ -412,6 +423,8 @@ def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
     processes = accelerator.num_processes
     if settings.batch_size % processes:
         raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {processes} processes.")
+    if settings.on_nan == "retry" and processes > 1:  # each would have to learn of the others' losses in every step
+        raise InputError("on_nan: several processes cannot go back together; use on_nan=stop, or one process.")
     return accelerator
 
 

@@ -127,6 +127,11 @@ class TrainSettings(Frozen):
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
+    on_nan: Literal["stop", "retry"] = Field(
+        default="stop",
+        description="On a loss or weights that are not finite. retry: go back to the end of the epoch before, with "
+        "half the learning rate, at most twice.",
+    )
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
     )
@@ -228,7 +233,7 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher"})
+FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "on_nan"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from crdnd.config import Frozen
 from crdnd.engine.checkpoint import POINTER, Checkpoint, read_checkpoint
-from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.history import Change, Epoch, Validation
 from crdnd.engine.pace import TimeLeft, read_note, time_left
 from crdnd.engine.run import DIVERGED, LOG, RUN
 from crdnd.errors import InputError
@@ -46,6 +46,8 @@ class RunStatus(Frozen):
     seconds: float = 0.0
     """Spent on steps and validations that count; what a kill cost is not in it."""
     left: TimeLeft | None = None
+    changes: tuple[Change, ...] = ()
+    """What the run changed about itself to go on."""
     settings: dict[str, Any] = {}
     history: tuple[Epoch, ...] = ()
 
@@ -109,6 +111,7 @@ def _status(folder: Path, document: dict[str, Any], checkpoint: Checkpoint | Non
         best=best,
         seconds=sum(epoch.seconds + epoch.validation_seconds for epoch in history) + seconds,
         left=left,
+        changes=checkpoint.changes if checkpoint else (),
         settings=settings,
         history=history,
     )
