@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from crdnd.errors import InputError, RunError
 
 LOCK = ".lock"
+_ZEROS = bytes(1 << 20)
 SECONDS_OF_A_LOOK = 0.2
 """`is_held` holds a lock for a moment; whoever wants it tries for longer than that."""
 
@@ -53,6 +55,32 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """See that there is room for so many bytes in a folder: they are written and removed.
+
+    Raises:
+        RunError: the disk, or what this user may use of it, is too small; the message says what it is for.
+        InputError: the folder cannot be written.
+    """
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        with probe.open("wb") as file:
+            for start in range(0, size, len(_ZEROS)):
+                file.write(_ZEROS[: size - start])
+    except OSError as error:
+        failed = cannot_write(probe, error)
+        if isinstance(failed, InputError):
+            raise failed from error
+        free = shutil.disk_usage(folder).free
+        raise RunError(
+            f"{folder}: {what} need {size / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free; free space or choose "
+            "another --out."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def move_aside(folder: Path) -> Path | None:

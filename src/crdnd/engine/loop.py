@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
+from crdnd.engine.generator import random_states, set_random_states
 from crdnd.engine.history import Change, Epoch, Validation
 from crdnd.engine.pace import Pace, TimeLeft, time_left
 from crdnd.engine.processes import SharedBatch
@@ -30,13 +31,24 @@ from crdnd.engine.settings import OptimizerSettings, TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
-from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
-from crdnd.errors import DivergenceError, Interrupted, RunError
+from crdnd.engine.weights import (
+    average,
+    keeping_statistics,
+    perturbable,
+    perturbed,
+    put_back,
+    reestimate_batch_norm,
+    statistics,
+)
+from crdnd.errors import DivergenceError, Interrupted, RunError, first_line
+from crdnd.io import check_room
 from crdnd.models import evaluating, load_tensors, state
-from crdnd.objectives import Objective, TrainingAttack
+from crdnd.objectives import LossTerms, Objective, TrainingAttack, Views
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
+
+Result = TypeVar("Result")
 
 SECONDS_BETWEEN_SAVES = 10.0
 # What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
@@ -132,7 +144,7 @@ class Trainer:
         # The state at the end of the epoch before, where a run that turns NaN goes back to.
         self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
-        self._last_save = 0.0
+        self._last_save, self._unsaved = 0.0, False
 
     def fit(self) -> None:
         """Train to the end, from wherever the folder's checkpoint is.
@@ -149,6 +161,9 @@ class Trainer:
                 stack.enter_context(frozen(teacher, self._probe))
             request = stack.enter_context(stop_requests())
             self._resume()
+            if self.accelerator.is_main_process and not self.finished:
+                copies = 1 if self.step else 2  # the one that is replaced goes last
+                check_room(self.folder, copies * self._checkpoint_size(), "the run's checkpoints")
             pace = Pace(self.folder)
             pace.forget()
             self._last_save = time.monotonic()
@@ -157,6 +172,13 @@ class Trainer:
                     self._advance(pace, request)
                 except DivergenceError as error:
                     self._retry(error)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise RunError(
+                        f"out of memory at step {self.step + 1} of {self.total_steps}, where no micro-batch helps "
+                        f"({first_line(error)}); what was saved in {self.folder} is kept."
+                    ) from error
                 self._tell(pace)
             pace.forget()
 
@@ -216,17 +238,11 @@ class Trainer:
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         x, target = augment(x, y, self.objective.num_classes, kind, draws)
 
-        passes = self.step_function.passes
-        passes.student = passes.teacher = 0
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
-        batch = self.step_function.prepare(x, y, stream, progress, target)
         for group in self.optimizer.param_groups:
             group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._worst_weights(batch):
-            terms, views = self.step_function.terms(batch)
-            loss = terms.total
-            self.accelerator.backward(loss)
+        terms, views = self._within_memory(lambda: self._gradients(x, y, stream, progress, target), save=True)
+        loss, passes = terms.total, self.step_function.passes
         self._share_gradients()
         if self.settings.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_grad_norm)
@@ -241,16 +257,65 @@ class Trainer:
         self._note(values)
         self.step += 1
 
+    def _gradients(
+        self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor
+    ) -> tuple[LossTerms, Views]:
+        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
+        passes = self.step_function.passes
+        passes.student = passes.teacher = 0
+        batch = self.step_function.prepare(x, y, stream, progress, target, self.micro_batch)
+        with self._worst_weights(batch):
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.step_function.backward(batch, self.micro_batch)
+
+    def _within_memory(self, work: Callable[[], Result], *, save: bool) -> Result:
+        """Do what may need more memory than there is; if it does, do it again with smaller micro-batches."""
+        while True:
+            before = statistics(self.student)
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                why = first_line(error)
+            # Here and not above, where the error still holds the tensors of the step.
+            put_back(self.student, before)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve(why, save=save)
+
+    def _halve(self, why: str, *, save: bool) -> None:
+        """Take half the micro-batch from here on, or say that nothing helps."""
+        processes = self.accelerator.num_processes
+        now = min(self.micro_batch or self.batch_size, self.batch_size // processes)
+        fitting = now // 2
+        if fitting < 2:
+            raise RunError(f"out of memory with {now} images at once ({why}); take a smaller model or smaller images.")
+        if processes > 1:  # the others wait in the middle of this step
+            raise RunError(
+                f"out of memory with {now} images at once in a process ({why}); set micro_batch={fitting}, or "
+                f"batch_size={fitting * processes}, and start over with --fresh."
+            )
+        self._change(Change(what="micro_batch", value=fitting, step=self.step, why=f"out of memory: {why}"), save=save)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """How many images the networks see at once; None for the whole batch."""
+        found = [int(change.value) for change in self.changes if change.what == "micro_batch"]
+        return found[-1] if found else self.settings.micro_batch
+
     def _worst_weights(self, batch: Batch) -> AbstractContextManager[None]:
         """The weights at which the loss is taken: as they are, or moved to where it is larger (AWP)."""
         awp = self.settings.awp
         if awp is None or batch.progress < awp.warmup:
             return nullcontext()
         weights = perturbable(self.student)
+        self.optimizer.zero_grad(set_to_none=True)
         with keeping_statistics(self.student):
-            loss = self.step_function.terms(batch)[0].total
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in gradients]
+            self.step_function.backward(batch, self.micro_batch)
+        found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in found]
         return perturbed(weights, gradients, awp.gamma)
 
     def _ids(self, epoch: int, index: int) -> Tensor:
@@ -323,7 +388,15 @@ class Trainer:
     def _validate(self, epoch: int) -> Validation:
         if self.averaged is not None:
             reestimate_batch_norm(self.averaged, self.train_data, self.batch_size)
-        validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
+        validation = self._within_memory(
+            lambda: validate(
+                self.result,
+                self.validation_data,
+                self.settings.threat,
+                self.micro_batch or self.settings.batch_size,
+            ),
+            save=False,  # what this epoch found does not yet stand where a checkpoint looks for it
+        )
         if self.best_epoch is None or self._rank(validation) > self._rank(self._best_validation()):
             self.best_epoch = epoch
             self.best = {key: value.detach().clone() for key, value in state(self.result).items()}
@@ -365,7 +438,7 @@ class Trainer:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
         due = self.step % every == 0 if every else ends_epoch and late
-        saved = due or self.finished or request.exit_code is not None
+        saved = due or self._unsaved or self.finished or request.exit_code is not None
         if saved:
             self._save()
         # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
@@ -394,7 +467,7 @@ class Trainer:
             inside = self.step % self.steps_per_epoch > 0  # else it is what a run that goes on remembers anyway
             good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
             save_checkpoint(self.folder, checkpoint, self._tensors() | good)
-        self._last_save = time.monotonic()
+        self._last_save, self._unsaved = time.monotonic(), False
 
     def _refuse_nan_weights(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
@@ -402,6 +475,15 @@ class Trainer:
                 f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
                 "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )
+
+    def _checkpoint_size(self) -> int:
+        """Bytes of a checkpoint with all that will be in it: weights, averages, the best ones, the optimiser's."""
+        optimizer = self.settings.optimizer
+        moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+        networks = [self.student, self.result, self.objective, *([self.averaged] if self.averaged is not None else [])]
+        size = sum(tensor.nbytes for network in networks for tensor in state(network).values())
+        size += moments * sum(parameter.nbytes for parameter in self.trained)
+        return size * (2 if self.settings.on_nan == "retry" else 1)
 
     @property
     def _retries(self) -> int:
@@ -429,13 +511,15 @@ class Trainer:
         self.step, self.seconds = int(self._good[STEP]), 0.0
         self._restore({key: value.clone() for key, value in self._good.items()}, "the end of the epoch before")
         why = str(error).partition(";")[0]
-        self._change(Change(what="learning_rate", value=self._highest_rate / 2, step=self.step, why=why))
+        self._change(Change(what="learning_rate", value=self._highest_rate / 2, step=self.step, why=why), save=True)
 
-    def _change(self, change: Change) -> None:
-        """Take note of a change, say it, and save it at once, so that a run that goes on keeps it."""
+    def _change(self, change: Change, *, save: bool) -> None:
+        """Take note of a change, say it, and save it, so that a run that goes on keeps it; if not now, then soon."""
         self.changes += (change,)
         log.warning("%s; going on from step %d with %s %g", change.why, change.step, change.what, change.value)
-        self._save()
+        if save:
+            self._save()
+        self._unsaved = not save
         self.on_change(self.changes)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -445,7 +529,7 @@ class Trainer:
             "objective": state(self.objective),
             "best": self.best,
             "sums": self.sums,
-            "random": _random_states(),
+            "random": random_states(),
         }
         for index, values in self.optimizer.state_dict()["state"].items():
             parts[f"optimizer.{index}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -490,12 +574,20 @@ class Trainer:
             if part.startswith("optimizer.")
         }
         self.optimizer.load_state_dict(optimizer)
-        _set_random_states(parts.get("random", {}))
+        set_random_states(parts.get("random", {}))
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the processor has no memory left; torch has no type of its own for the latter."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return not isinstance(error, RunError) and any(text in str(error) for text in texts)
 
 
 def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -508,18 +600,3 @@ def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torc
         nesterov=settings.nesterov and settings.momentum > 0,
         weight_decay=settings.weight_decay,
     )
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_random_states(states: dict[str, Tensor]) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    cuda = [states[key] for key in sorted(states) if key.startswith("cuda")]
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)

@@ -124,6 +124,12 @@ class TrainSettings(Frozen):
     )
     epochs: int = Field(default=100, ge=1, description="Passes over the training data.")
     batch_size: int = Field(default=128, ge=2, description="Images a step, over all processes.")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=2,
+        description="Images that the networks see at once, with the batch's gradients added up; by default the whole "
+        "batch. Out of memory, a run halves it and goes on.",
+    )
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
