@@ -263,3 +263,13 @@ def test_watch_ends_when_the_run_does(tmp_path, capsys, monkeypatch):
     assert status == 0
     assert len(looks) == 3
     assert "stopped" in shown
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_demo_is_refused_where_another_one_runs(fresh, tmp_path, capsys):
+    (tmp_path / "demo").mkdir()
+    with held(tmp_path / "demo"):
+        status, _, said = command(capsys, "demo", "--epochs", "1", "--out", str(tmp_path / "demo"), *fresh)
+    assert status == 2
+    assert "demo: another run is writing here" in said
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [".lock"]

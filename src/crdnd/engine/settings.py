@@ -128,7 +128,7 @@ class TrainSettings(Frozen):
         default=None,
         ge=2,
         description="Images that the networks see at once, with the batch's gradients added up; by default the whole "
-        "batch. Out of memory, a run halves it and goes on.",
+        "batch. Out of memory, a run halves it and goes on. Batch norms in train mode then normalise by it.",
     )
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
