@@ -153,3 +153,32 @@ def test_several_processes_do_not_go_back(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
     with pytest.raises(InputError, match="on_nan: several processes"):
         train(cnn(), splits(), out=tmp_path / "run", **settings(on_nan="retry"))
+
+
+class BrokenAt(Broken):
+    """Its logits are NaN at each of several passes in train mode."""
+
+    def __init__(self, *at: int) -> None:
+        super().__init__(0, "loss")
+        self.all = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.at = self.passes + 1 if self.passes + 1 in self.all else 0
+        return super().forward(x)
+
+
+def test_the_same_state_is_gone_back_to_twice(tmp_path):
+    common = settings(on_nan="retry", save_every_steps=1)
+    whole = train(BrokenAt(5, 7), splits(), out=tmp_path / "whole", **common)
+    steps: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        steps.append(progress.step)
+        if steps.count(4) == 2:
+            raise StopError
+
+    with pytest.raises(StopError):  # the state to go back to is now read from the file
+        train(BrokenAt(5), splits(), out=tmp_path / "run", listener=stop, **common)
+    again = train(BrokenAt(1), splits(), out=tmp_path / "run", **common)
+    assert [change.step for change in read_checkpoint(tmp_path / "whole").changes] == [3, 3]
+    assert equal(again.other, whole.other)
