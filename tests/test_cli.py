@@ -96,6 +96,9 @@ OPTIONS = {
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
     "recipes": {"--json"},
+    "runs": {"--json"},
+    "status": {"--json"},
+    "watch": set(),
     "estimate": {
         "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
         "--second-teacher-weights", "--teacher-model", "--model", "--objective", "--eps", "--norm", "--epochs",

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,10 +70,12 @@ CASES: dict[str, dict[str, Any]] = {name: {"objective": name} for name in object
     },
     "frozen_norm": {"objective": "rslad", "swa": 0.3},
     "norm": {"objective": "rslad"},
+    "micro": {"objective": "rslad", "micro_batch": 2, "awp": {"gamma": 0.01, "warmup": 0.2}},
+    "micro_relating": {"objective": "crd", "micro_batch": 2, "awp": {"gamma": 0.01, "warmup": 0.2}},
     "sharded": {"objective": "adaad", "shard_teacher": True},
     "sharded_slope": {"objective": "saad", "shard_teacher": True},
 }
-FAST = ["crdnd", "running", "crd", "mtard", "parts", "frozen_norm", "norm", "sharded"]
+FAST = ["crdnd", "running", "crd", "mtard", "parts", "frozen_norm", "norm", "micro", "micro_relating", "sharded"]
 RESUMED = ["crdnd", "running", "crd", "parts", "norm"]
 
 
@@ -341,6 +344,35 @@ def test_joined_batch_norm_is_refused_where_torch_does_not_have_it(tmp_path):
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
+
+
+# What several processes refuse
+
+
+def starved(folder: Path, rank: int) -> None:
+    """Process 1 has no memory for its share of a batch while the student learns, but for the whole of its data."""
+
+    plain = TinyNet.forward
+
+    def forward(self: TinyNet, x: torch.Tensor) -> torch.Tensor:
+        if rank == 1 and self.training and len(x) == 4:
+            raise torch.OutOfMemoryError("out of memory: Tried to allocate 2 GiB")
+        return plain(self, x)
+
+    TinyNet.forward = forward
+    go("crdnd", folder / "crdnd", batch_size=8)
+
+
+def test_a_process_without_enough_memory_names_the_batch_that_may_fit_and_ends_all(tmp_path):
+    assert launch(2, starved, tmp_path) == [1, 1]
+    assert re.match(r"out of memory with 4 images .*micro_batch=2, or batch_size=4, .*--fresh", said(tmp_path, 1))
+    assert said(tmp_path, 0).startswith("another process of this run has ended")
+
+
+def test_several_processes_do_not_go_back(tmp_path):
+    assert launch(2, told, tmp_path, {"on_nan": "retry"}) == [2, 2]
+    assert said(tmp_path, 0).startswith("on_nan: several processes")
+    assert not (tmp_path / "crdnd").exists()
 
 
 # What only the main process does

@@ -89,7 +89,7 @@ def outcome(out: Path) -> dict[str, Any]:
     return {
         "model": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "last": hashlib.sha256((out / "last" / "model.safetensors").read_bytes()).hexdigest(),
-        "history": [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history],
+        "history": [{key: value for key, value in epoch.items() if "seconds" not in key} for epoch in history],
     }
 
 

@@ -1,6 +1,7 @@
 """`crdnd train` and `crdnd distill`."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -129,6 +130,10 @@ def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
     for key, option in REQUIRED.items():
         if key not in settings:
             raise InputError(f"{key}: this setting is required; give it with {option} or in a recipe.")
+    if find_spec("tensorboard") is not None:
+        # Not the setting's own default: to import it takes half a second, which every process of a comparison, every
+        # estimate and every short run of a script would pay.
+        settings.setdefault("trackers", ["tensorboard"])
     recipe = make_recipe(settings)
     speaks = processes().is_main_process
     with showing(recipe.objective.name) if speaks else nullcontext() as listener:

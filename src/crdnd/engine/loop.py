@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from crdnd.attacks import PROBE, Folding, frozen
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
-from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.generator import random_states, set_random_states
+from crdnd.engine.history import Change, Epoch, Validation
+from crdnd.engine.pace import Pace, TimeLeft, time_left
 from crdnd.engine.processes import SharedRun
 from crdnd.engine.schedule import learning_rate_factor
 from crdnd.engine.settings import OptimizerSettings, TrainSettings
@@ -36,18 +38,26 @@ from crdnd.engine.weights import (
     moving_statistics,
     perturbable,
     perturbed,
+    put_back,
     reestimate_batch_norm,
+    statistics,
 )
-from crdnd.errors import DivergenceError, Interrupted, RunError
+from crdnd.errors import DivergenceError, Interrupted, RunError, first_line
+from crdnd.io import check_room
 from crdnd.models import evaluating, load_tensors, state
-from crdnd.objectives import Objective, TrainingAttack
+from crdnd.objectives import LossTerms, Objective, TrainingAttack, Views
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
 
+Result = TypeVar("Result")
+
 SECONDS_BETWEEN_SAVES = 10.0
+# What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
+GOOD, STEP = "good/", "step/done"
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
 STEPS_BETWEEN_LOOKS = 50
+MOST_RETRIES = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Progress:
     step: int
     steps: int
     history: tuple[Epoch, ...]
+    left: TimeLeft | None
+    """None before the first steps are measured."""
 
 
 Listener = Callable[[Progress], None]
@@ -73,9 +85,10 @@ class Trainer:
         data: training and validation data.
         settings: the run's settings.
         folder: where the run lives; exists, and is held by this process.
-        accelerator: device, backward passes and trackers.
+        accelerator: device and trackers.
         shared: the processes that share the run.
         listener: called after every step.
+        on_change: called with all that the run has changed about itself, once it goes on with it.
     """
 
     def __init__(
@@ -90,10 +103,11 @@ class Trainer:
         accelerator: Accelerator,
         shared: SharedRun,
         listener: Listener | None = None,
+        on_change: Callable[[tuple[Change, ...]], None] = lambda changes: None,
     ) -> None:
         device = accelerator.device
         self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
-        self.shared = shared
+        self.shared, self.on_change = shared, on_change
         self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
         self.student, self.teachers = student.to(device), teachers
         averages = settings.ema is not None or settings.swa is not None
@@ -129,8 +143,11 @@ class Trainer:
         self.best_epoch: int | None = None
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.changes: tuple[Change, ...] = ()
+        # The state at the end of the epoch before, where a run that turns NaN goes back to.
+        self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
-        self._last_save = 0.0
+        self._last_save, self._unsaved = 0.0, False
 
     def fit(self) -> None:
         """Train to the end, from wherever the folder's checkpoint is.
@@ -149,17 +166,55 @@ class Trainer:
                 stack.enter_context(frozen(teacher, self._probe) if whole else evaluating(teacher))
             request = stack.enter_context(stop_requests())
             self._resume()
+            if self.shared.is_main and not self.finished:
+                copies = 1 if self.step else 2  # the one that is replaced goes last
+                check_room(self.folder, copies * self._checkpoint_size(), "the run's checkpoints")
+            pace = Pace(self.folder)
+            pace.forget()
             self._last_save = time.monotonic()
             while self.step < self.total_steps:
-                started = time.monotonic()
-                self._one_step()
-                self.seconds += time.monotonic() - started
-                ends_epoch = self.step % self.steps_per_epoch == 0
-                if ends_epoch:
-                    self._end_epoch()
-                self._save_if_due(ends_epoch, request)
-                if self.listener:
-                    self.listener(Progress(self.step, self.total_steps, self.history))
+                try:
+                    self._advance(pace, request)
+                except DivergenceError as error:
+                    self._retry(error)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise RunError(
+                        f"out of memory at step {self.step + 1} of {self.total_steps}, where no micro-batch helps "
+                        f"({first_line(error)}); what was saved in {self.folder} is kept."
+                    ) from error
+                self._tell(pace)
+            pace.forget()
+
+    def _advance(self, pace: Pace, request: StopRequest) -> None:
+        """One step, and what is due after it."""
+        started = time.monotonic()
+        self._one_step()
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if ends_epoch:
+            self._refuse_nan()  # here a device's queue is waited for, which is a part of the steps' time
+            self._refuse_nan_weights()
+        stepped = time.monotonic()
+        self.seconds += stepped - started
+        if ends_epoch:
+            self._end_epoch()
+        saving = time.monotonic()
+        self._save_if_due(ends_epoch, request)
+        if ends_epoch:
+            self._remember()
+        pace.step(stepped - started + time.monotonic() - saving)
+
+    def _tell(self, pace: Pace) -> None:
+        """Say where the run is: to its listener, and now and then to whoever reads its folder."""
+        settings = self.settings
+        left = time_left(
+            self.step, self.total_steps, settings.epochs, settings.validate_every, self.history, pace.step_seconds
+        )
+        if self.shared.is_main:
+            pace.note(self.step, self.seconds, left)
+        if self.listener:
+            self.listener(Progress(self.step, self.total_steps, self.history, left))
 
     @property
     def finished(self) -> bool:
@@ -189,17 +244,11 @@ class Trainer:
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         x, target = augment(x, y, self.objective.num_classes, kind, draws)
 
-        passes = self.step_function.passes
-        passes.student = passes.teacher = 0
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
-        batch = self.step_function.prepare(x, y, stream, progress, target)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._worst_weights(batch):
-            terms, views = self.step_function.terms(batch)
-            loss = terms.total
-            self.accelerator.backward(loss)
+            group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
+        terms, views = self._within_memory(lambda: self._gradients(x, y, stream, progress, target), save=True)
+        loss, passes = terms.total, self.step_function.passes
         if self.shared.count > 1:
             self._share()
         if self.settings.clip_grad_norm is not None:
@@ -215,15 +264,63 @@ class Trainer:
         self._note(values)
         self.step += 1
 
+    def _gradients(
+        self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor
+    ) -> tuple[LossTerms, Views]:
+        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
+        passes = self.step_function.passes
+        passes.student = passes.teacher = 0
+        batch = self.step_function.prepare(x, y, stream, progress, target, self.micro_batch)
+        with self._worst_weights(batch):
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.step_function.backward(batch, self.micro_batch)
+
+    def _within_memory(self, work: Callable[[], Result], *, save: bool) -> Result:
+        """Do what may need more memory than there is; if it does, do it again with smaller micro-batches."""
+        while True:
+            before = statistics(self.student)
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                why = first_line(error)
+            # Here and not above, where the error still holds the tensors of the step.
+            put_back(self.student, before)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve(why, save=save)
+
+    def _halve(self, why: str, *, save: bool) -> None:
+        """Take half the micro-batch from here on, or say that nothing helps."""
+        now = min(self.micro_batch or self.batch_size, self.batch_size // self.shared.count)
+        fitting = now // 2
+        if fitting < 2:
+            raise RunError(f"out of memory with {now} images at once ({why}); take a smaller model or smaller images.")
+        if self.shared.count > 1:  # the others wait in the middle of this step
+            raise RunError(
+                f"out of memory with {now} images at once in a process ({why}); set micro_batch={fitting}, or "
+                f"batch_size={fitting * self.shared.count}, and start over with --fresh."
+            )
+        self._change(Change(what="micro_batch", value=fitting, step=self.step, why=f"out of memory: {why}"), save=save)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """How many images the networks see at once; None for the whole batch."""
+        found = [int(change.value) for change in self.changes if change.what == "micro_batch"]
+        return found[-1] if found else self.settings.micro_batch
+
     def _worst_weights(self, batch: Batch) -> AbstractContextManager[None]:
         """The weights at which the loss is taken: as they are, or moved to where it is larger (AWP)."""
         awp = self.settings.awp
         if awp is None or batch.progress < awp.warmup:
             return nullcontext()
         weights = perturbable(self.student)
+        self.optimizer.zero_grad(set_to_none=True)
         with keeping_statistics(self.student):
-            loss = self.step_function.terms(batch)[0].total
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            self.step_function.backward(batch, self.micro_batch)
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
         return perturbed(weights, self.shared.means(gradients), awp.gamma)
 
     def _ids(self, epoch: int, index: int) -> Tensor:
@@ -243,11 +340,11 @@ class Trainer:
         With equal shares that is the gradient of the joined batch, but for what batch norm does to a share.
         """
         learned = [parameter for parameter in self.trained if parameter.grad is not None]
-        statistics = moving_statistics(self.student)
-        means = self.shared.means([*(cast("Tensor", parameter.grad) for parameter in learned), *statistics])
+        moved = moving_statistics(self.student)
+        means = self.shared.means([*(cast("Tensor", parameter.grad) for parameter in learned), *moved])
         for parameter, gradient in zip(learned, means[: len(learned)], strict=True):
             parameter.grad = gradient
-        for own, joined in zip(statistics, means[len(learned) :], strict=True):
+        for own, joined in zip(moved, means[len(learned) :], strict=True):
             own.copy_(joined)
 
     def _note(self, values: dict[str, Tensor]) -> None:
@@ -262,15 +359,15 @@ class Trainer:
         if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
             raise DivergenceError(
                 f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
-                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
+                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self._highest_rate:g}) "
                 "or set clip_grad_norm, and start over with --fresh."
             )
 
     def _end_epoch(self) -> None:
-        self._refuse_nan()
         epoch = self.step // self.steps_per_epoch
         means = {name: value.item() / self.steps_per_epoch for name, value in self._joined_sums().items()}
         self._average_epoch(epoch)
+        started = time.monotonic()
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
         entry = Epoch(
@@ -279,6 +376,7 @@ class Trainer:
             terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=round(self.seconds, 3),
+            validation_seconds=round(time.monotonic() - started, 3) if validation else 0.0,
             student_passes=means.get("passes.student", 0.0),
             teacher_passes=means.get("passes.teacher", 0.0),
             validation=validation,
@@ -309,7 +407,15 @@ class Trainer:
     def _validate(self, epoch: int) -> Validation:
         if self.averaged is not None:
             reestimate_batch_norm(self.averaged, self.train_data, self.batch_size)
-        validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
+        validation = self._within_memory(
+            lambda: validate(
+                self.result,
+                self.validation_data,
+                self.settings.threat,
+                self.micro_batch or self.settings.batch_size,
+            ),
+            save=False,  # what this epoch found does not yet stand where a checkpoint looks for it
+        )
         if self.best_epoch is None or self._rank(validation) > self._rank(self._best_validation()):
             self.best_epoch = epoch
             self.best = {key: value.detach().clone() for key, value in state(self.result).items()}
@@ -334,7 +440,15 @@ class Trainer:
         found = entry.validation
         text = f", validation clean {found.clean.percent:.1f} robust {found.robust.percent:.1f}" if found else ""
         log.info("epoch %d/%d: loss %.4f%s", entry.epoch, self.settings.epochs, entry.loss, text)
-        values = {"loss": entry.loss, "learning_rate": entry.learning_rate, **entry.terms}
+        images = self.steps_per_epoch * self.batch_size
+        values = {
+            "loss": entry.loss,
+            **{f"terms/{name}": mean for name, mean in entry.terms.items()},
+            "learning_rate": entry.learning_rate,
+            "images_per_second": images / max(entry.seconds, 1e-3),
+            "passes/student": entry.student_passes,
+            "passes/teacher": entry.teacher_passes,
+        }
         if found:
             values |= {"validation/clean": found.clean.percent, "validation/robust": found.robust.percent}
         self.accelerator.log(values, step=self.step)
@@ -345,7 +459,7 @@ class Trainer:
         # A signal reaches one process, and clocks differ: all save or none.
         stop, late = self.shared.agree(request.exit_code, main=late)
         due = self.step % every == 0 if every else ends_epoch and late
-        if due or self.finished or stop is not None:
+        if due or self._unsaved or self.finished or stop is not None:
             self._save()
             # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
             # And nobody ends before the main process has written it: launchers then end all the others.
@@ -359,23 +473,76 @@ class Trainer:
 
     def _save(self) -> None:
         self._refuse_nan()
-        if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
-            raise DivergenceError(
-                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
-                "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
-            )
+        self._refuse_nan_weights()
         tensors = self._tensors()
         if self.shared.is_main:
             checkpoint = Checkpoint(
                 schema=SCHEMA,
                 step=self.step,
+                steps=self.total_steps,
                 finished=self.finished,
                 seconds=self.seconds,
                 history=self.history,
                 best_epoch=self.best_epoch,
+                changes=self.changes,
             )
-            save_checkpoint(self.folder, checkpoint, tensors)
-        self._last_save = time.monotonic()
+            inside = self.step % self.steps_per_epoch > 0  # else it is what a run that goes on remembers anyway
+            good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
+            save_checkpoint(self.folder, checkpoint, tensors | good)
+        self._last_save, self._unsaved = time.monotonic(), False
+
+    def _refuse_nan_weights(self) -> None:
+        if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
+            raise DivergenceError(
+                f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
+                "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
+            )
+
+    def _checkpoint_size(self) -> int:
+        """Bytes of a checkpoint with all that will be in it: weights, averages, the best ones, the optimiser's."""
+        optimizer = self.settings.optimizer
+        moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+        networks = [self.student, self.result, self.objective, *([self.averaged] if self.averaged is not None else [])]
+        size = sum(tensor.nbytes for network in networks for tensor in state(network).values())
+        size += moments * sum(parameter.nbytes for parameter in self.trained)
+        return size * (2 if self.settings.on_nan == "retry" else 1)
+
+    @property
+    def _retries(self) -> int:
+        """How often the learning rate was halved."""
+        return sum(change.what == "learning_rate" for change in self.changes)
+
+    @property
+    def _highest_rate(self) -> float:
+        return self.settings.optimizer.learning_rate * 0.5**self._retries
+
+    def _remember(self) -> None:
+        """Keep the state at the end of an epoch.
+
+        Always that one and not the last checkpoint, whose moment depends on the clock and on signals: a run that was
+        stopped and one that was not go back to the same state.
+        """
+        if self.settings.on_nan == "retry":
+            self._good = {key: value.detach().cpu().clone() for key, value in self._tensors().items()}
+            self._good[STEP] = torch.tensor(self.step)
+
+    def _retry(self, error: DivergenceError) -> None:
+        """Go back to the end of the epoch before with half the learning rate, or give up."""
+        if self.settings.on_nan != "retry" or self._retries == MOST_RETRIES:
+            raise DivergenceError(f"{error} It went back {self._retries} times already.") if self._retries else error
+        self.step, self.seconds = int(self._good[STEP]), 0.0
+        self._restore({key: value.clone() for key, value in self._good.items()}, "the end of the epoch before")
+        why = str(error).partition(";")[0]
+        self._change(Change(what="learning_rate", value=self._highest_rate / 2, step=self.step, why=why), save=True)
+
+    def _change(self, change: Change, *, save: bool) -> None:
+        """Take note of a change, say it, and save it, so that a run that goes on keeps it; if not now, then soon."""
+        self.changes += (change,)
+        log.warning("%s; going on from step %d with %s %g", change.why, change.step, change.what, change.value)
+        if save:
+            self._save()
+        self._unsaved = not save
+        self.on_change(self.changes)
 
     def _tensors(self) -> dict[str, Tensor]:
         parts: dict[str, dict[str, Tensor]] = {
@@ -384,7 +551,7 @@ class Trainer:
             "objective": state(self.objective) | self._joined_counts(),
             "best": self.best,
             "sums": self._joined_sums(),
-            "random": _random_states(self.accelerator.device),
+            "random": random_states(self.accelerator.device),
         }
         for index, values in self.optimizer.state_dict()["state"].items():
             parts[f"optimizer.{index}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -393,8 +560,24 @@ class Trainer:
     def _resume(self) -> None:
         found = load_checkpoint(self.folder)
         if found is None:
+            self._remember()
             return
         checkpoint, tensors = found
+        self._good = {key.removeprefix(GOOD): value for key, value in tensors.items() if key.startswith(GOOD)}
+        now = {key: value for key, value in tensors.items() if not key.startswith(GOOD)}
+        self._restore(now, str(self.folder / checkpoint.file))
+        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
+        self.seconds = checkpoint.seconds
+        self.changes = checkpoint.changes
+        if not self._good:
+            self._remember()
+        if self.changes:
+            self.on_change(self.changes)  # a kill may have come between the checkpoint and this
+        if not self.finished:
+            log.info("going on from step %d of %d", self.step, self.total_steps)
+
+    def _restore(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Bring back weights, optimiser, averages, the method's state, sums and torch's generator."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, key = name.partition("/")
@@ -402,7 +585,7 @@ class Trainer:
         loaded = {"student": self.student, "averaged": self.averaged, "objective": self.objective}
         for part, module in loaded.items():
             if module is not None:
-                load_tensors(module, parts.get(part, {}), str(self.folder / checkpoint.file), WAY_OUT)
+                load_tensors(module, parts.get(part, {}), where, WAY_OUT)
         device = self.accelerator.device
         self.best = {key: value.to(device) for key, value in parts.get("best", {}).items()}
         self.sums = {key: value.to(device) for key, value in parts.get("sums", {}).items()}
@@ -413,18 +596,22 @@ class Trainer:
             if part.startswith("optimizer.")
         }
         self.optimizer.load_state_dict(optimizer)
-        _set_random_states(parts.get("random", {}), device)
+        set_random_states(parts.get("random", {}), device)
         for name in self.objective.summed if not self.shared.is_main else ():  # the main process has all of them
             self.objective.get_buffer(name).zero_()
-        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
-        self.seconds = checkpoint.seconds
-        if not self.finished:
-            log.info("going on from step %d of %d", self.step, self.total_steps)
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the processor has no memory left; torch has no type of its own for the latter."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return not isinstance(error, RunError) and any(text in str(error) for text in texts)
 
 
 def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -437,17 +624,3 @@ def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torc
         nesterov=settings.nesterov and settings.momentum > 0,
         weight_decay=settings.weight_decay,
     )
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

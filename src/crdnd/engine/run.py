@@ -21,13 +21,13 @@ from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
-from crdnd.engine.history import Epoch
+from crdnd.engine.history import Change, Epoch
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
-from crdnd.errors import InputError
+from crdnd.errors import DivergenceError, InputError, Interrupted, RunError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
     Adapted,
@@ -45,7 +45,9 @@ from crdnd.objectives import Objective, Sizes, TrainingAttack, load_objective, n
 
 log = logging.getLogger("crdnd")
 
-RUN, SCHEMA = "run.json", "crdnd.run/1"
+RUN, LOG, SCHEMA = "run.json", "run.log", "crdnd.run/1"
+DIVERGED = " ERROR diverged: "
+"""In the last line of the log of a run whose loss or weights are not finite any more."""
 VALIDATION_PART = 0.15
 
 DataSource = str | Splits | ImageData | tuple[torch.Tensor, torch.Tensor] | MapDataset
@@ -251,7 +253,10 @@ def _run(
         shared.agree()
         threads = _open_run(out, settings, identity, checks)
         reused = is_finished(out)
-        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener)
+        trainer = Trainer(
+            student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener,
+            lambda changes: _record(out, changes) if shared.is_main else None,
+        )  # fmt: skip
         with _logged(out) if shared.is_main else nullcontext(), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
@@ -260,9 +265,8 @@ def _run(
                 if check.warning:
                     log.warning("%s", check.warning)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
-            trainer.fit()
-        for tracker in accelerator.trackers:
-            tracker.finish()
+            with nullcontext() if reused else _tracked(accelerator, settings, out):
+                trainer.fit()
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
         shared.agree()  # the folders are whole
         return run
@@ -349,6 +353,14 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
     return int(document.get("threads", torch.get_num_threads()))
 
 
+def _record(out: Path, changes: Sequence[Change]) -> None:
+    """Write into the run's own document what it changed about itself."""
+    document = read_json(out / RUN)
+    made = [change.model_dump(mode="json") for change in changes]
+    if document.get("changes") != made:
+        atomic_write_text(out / RUN, json.dumps(document | {"changes": made}, indent=1) + "\n")
+
+
 def _remove_torn_writes(out: Path) -> None:
     """Remove what a kill in the middle of a write left behind; nothing ever points to it."""
     for folder in (out, out / "best", out / "last"):  # no deeper: other runs may live in folders below
@@ -424,9 +436,42 @@ def _accelerator(settings: TrainSettings, out: Path, count: int) -> Accelerator:
     if settings.batch_size % count:
         raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {count} processes.")
     accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
-    if settings.trackers:
-        accelerator.init_trackers("crdnd")
+    if settings.on_nan == "retry" and count > 1:  # each would have to learn of the others' losses in every step
+        raise InputError("on_nan: several processes cannot go back together; use on_nan=stop, or one process.")
     return accelerator
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, settings: TrainSettings, out: Path) -> Generator[None]:
+    """The run's trackers for the body's time; a run that goes on continues the series that it began.
+
+    TensorBoard's lie in the run's folder; what was logged after the checkpoint is dropped, for it is logged again. W&B
+    knows the run by the moment and place of its start. MLflow takes the run to go on with from MLFLOW_RUN_ID.
+    """
+    if not settings.trackers:
+        yield
+        return
+    saved = read_checkpoint(out)
+    began = f"{read_json(out / RUN).get('started')} {out.resolve()}"
+    wandb = {
+        "id": hashlib.sha256(began.encode()).hexdigest()[:16],
+        "resume": "allow",
+        "name": out.name,
+        "dir": str(out),
+    }
+    accelerator.init_trackers(
+        "crdnd",
+        init_kwargs={
+            "tensorboard": {"purge_step": saved.step + 1 if saved else 1},
+            "wandb": wandb,
+            "mlflow": {"run_name": out.name},
+        },
+    )
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @contextmanager
@@ -445,16 +490,26 @@ def _threads(count: int) -> Generator[None]:
 def _logged(out: Path) -> Generator[None]:
     """Write what happens to the run's own log."""
     try:
-        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+        handler = logging.FileHandler(out / LOG, encoding="utf-8")
     except OSError as error:
-        raise cannot_write(out / "run.log", error) from error
+        raise cannot_write(out / LOG, error) from error
     handler.handleError = lambda record: None  # a full disk must not fill the terminal; saving will say so in one line
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+    def end(how: str, why: BaseException) -> None:  # to the file alone: the caller says it to people
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, f"{how}: {why}", (), None))
+
     try:
         yield
+    except DivergenceError as error:
+        end("diverged", error)
+        raise
+    except (RunError, Interrupted) as error:
+        end("ended", error)
+        raise
     finally:
         log.setLevel(level)
         log.removeHandler(handler)

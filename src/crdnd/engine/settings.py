@@ -124,9 +124,20 @@ class TrainSettings(Frozen):
     )
     epochs: int = Field(default=100, ge=1, description="Passes over the training data.")
     batch_size: int = Field(default=128, ge=2, description="Images a step, over all processes.")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=2,
+        description="Images that the networks see at once, with the batch's gradients added up; by default the whole "
+        "batch. Out of memory, a run halves it and goes on. Batch norms in train mode then normalise by it.",
+    )
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
+    on_nan: Literal["stop", "retry"] = Field(
+        default="stop",
+        description="On a loss or weights that are not finite. retry: go back to the end of the epoch before, with "
+        "half the learning rate, at most twice.",
+    )
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
     )
@@ -184,7 +195,11 @@ class TrainSettings(Frozen):
         ge=1,
         description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
     )
-    trackers: tuple[str, ...] = Field(default=(), description="Experiment trackers of Accelerate, such as tensorboard.")
+    trackers: tuple[str, ...] = Field(
+        default=(),
+        description="Experiment trackers of Accelerate: tensorboard, wandb, mlflow and others. Where nothing is set, "
+        "`crdnd train` and `crdnd distill` take tensorboard if it is installed.",
+    )
 
     def seed_for(self, purpose: Literal["init", "order", "augment", "attack"]) -> int:
         """The seed of that purpose: its own, or the run's."""
@@ -234,7 +249,7 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "shard_teacher"})
+FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "shard_teacher", "on_nan"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,16 +59,26 @@ def moving_statistics(network: nn.Module) -> list[Tensor]:
     return [value for value in found if value is not None]
 
 
+def statistics(network: nn.Module) -> list[Tensor]:
+    """A copy of the network's buffers, which passes in train mode move."""
+    return [buffer.clone() for buffer in network.buffers()]
+
+
+@torch.no_grad()
+def put_back(network: nn.Module, before: list[Tensor]) -> None:
+    """Bring back what `statistics` gave."""
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
 @contextmanager
 def keeping_statistics(network: nn.Module) -> Generator[None]:
     """A pass in the body leaves no trace in the network's buffers."""
-    before = [buffer.clone() for buffer in network.buffers()]
+    before = statistics(network)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(network.buffers(), before, strict=True):
-                buffer.copy_(value)
+        put_back(network, before)
 
 
 @contextmanager

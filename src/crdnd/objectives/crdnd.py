@@ -97,6 +97,7 @@ class CRDND(Objective):
     needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
     attack = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
     summed = ("counts",)
+    relates_samples = True
     settings: Settings
     settings_class = Settings
     counts: Tensor
