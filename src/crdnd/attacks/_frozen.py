@@ -1,5 +1,6 @@
 """The same function, computed faster: what a model is while it is only attacked and not trained."""
 
+import itertools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from crdnd.attacks._base import Classifier, input_gradient
 from crdnd.attacks._matrices import LARGEST_MATRIX, Chain, PixelMatrix, find_chain
+from crdnd.attacks._tiles import fits, tiled, tiles_pay, transformed
 from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
@@ -38,6 +40,8 @@ class _Call:
     """What reads its output, and nothing else does."""
     pixels: PixelMatrix | None
     """How it is one product with a matrix, where that beats a convolution: its call costs more than its sums."""
+    tiles: bool
+    """Whether it is computed in tiles, which saves multiplications."""
 
 
 @contextmanager
@@ -75,8 +79,8 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
 class Folding:
     """A way to compute a model in eval mode faster.
 
-    Batch norm goes into the convolution before it, channels last, and a convolution of few pixels becomes one product
-    with a matrix. Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch
+    Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product with
+    a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch
     norms, for as long as it is applied; hooks and counters of the user's see every pass. Where the result on the probe
     is not the same up to rounding, or the model is random, it does nothing.
 
@@ -101,8 +105,10 @@ class Folding:
             layouts.insert(0, torch.channels_last)
         small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
         self._chain = find_chain(model, small, probe.shape[1:])
-        for layout in layouts:
-            self._calls, self._layout = {c: calls.get(c) for c in convolutions}, layout
+        plain = {c: replace(call, tiles=False) for c, call in calls.items()}
+        ways = [calls, plain] if calls != plain else [plain]
+        for way, layout in itertools.product(ways, layouts):
+            self._calls, self._layout = {c: way.get(c) for c in convolutions}, layout
             try:
                 with self.applied():
                     if all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True)):
@@ -177,7 +183,8 @@ def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict
             norm = readers.get(convolution)
             if norm is not None and (times[norm] > 1 or norm.running_mean is None or "forward" in vars(norm)):
                 norm = None
-            calls[convolution] = _Call(norm, _pixels(convolution, inputs, maps))
+            pixels = _pixels(convolution, inputs, maps)
+            calls[convolution] = _Call(norm, pixels, pixels is None and tiles_pay(convolution, inputs))
     return seen, calls
 
 
@@ -192,7 +199,7 @@ def _fast(
     convolution: nn.Conv2d, call: _Call | None, layout: torch.memory_format, switch: _Switch
 ) -> Callable[[nn.Conv2d, Tensor], Tensor]:
     """The convolution with fixed weights, the norm's included; as one matrix product where that is faster."""
-    pixels = call.pixels if call else None
+    pixels, tiles = (call.pixels, call.tiles) if call else (None, False)
     if convolution.weight.numel() > LARGEST_LAST:
         layout = torch.contiguous_format
 
@@ -209,11 +216,19 @@ def _fast(
         weight, bias = folded()
         return pixels(weight).T, None if bias is None else pixels.spread(bias)
 
+    @cache
+    def in_tiles() -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            weight, bias = _folded(convolution, call.norm if call else None)
+            return transformed(weight), bias
+
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not switch.on:
             return nn.Conv2d.forward(self, x)
         if pixels is not None and x.shape[1:] == pixels.inputs:
             return F.linear(x.flatten(1), *product()).unflatten(1, pixels.outputs)
+        if tiles and fits(x.shape) and not torch.is_autocast_enabled(x.device.type):
+            return tiled(x, *in_tiles())
         return self._conv_forward(x.contiguous(memory_format=layout), *folded())  # pyright: ignore[reportPrivateUsage]
 
     return convolve
