@@ -45,12 +45,16 @@ class _Call:
 
 
 @contextmanager
-def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
+def frozen(
+    model: nn.Module, probe: Tensor, *, fold: bool = True, channels_last: bool | None = None
+) -> Generator[Classifier]:
     """Eval mode, no parameter gradients, and convolutions computed the fast way while the weights stand still.
 
     Args:
         model: images -> logits.
         probe: some natural images (B, C, H, W).
+        fold: as for `Folding`.
+        channels_last: as for `Folding`.
 
     Yields:
         The logits of the model as it is, without gradients, to judge what was found.
@@ -60,7 +64,8 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
         try:
             for parameter in required:
                 parameter.requires_grad_(False)
-            with Folding(model, probe.detach()).applied() as switch:
+            folding = Folding(model, probe.detach(), fold=fold, channels_last=channels_last)
+            with folding.applied() as switch:
 
                 def plain(x: Tensor) -> Tensor:
                     switch.on = False
@@ -79,17 +84,22 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
 class Folding:
     """A way to compute a model in eval mode faster.
 
-    Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product with
-    a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch
-    norms, for as long as it is applied; hooks and counters of the user's see every pass. Where the result on the probe
-    is not the same up to rounding, or the model is random, it does nothing.
+    Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product
+    with a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is
+    replaced but that of plain convolutions and batch norms, for as long as it is applied; hooks and counters of the
+    user's see every pass. Where the result on the probe is not the same up to rounding, or the model is random, it
+    does nothing.
 
     Args:
         model: images -> logits, in eval mode.
         probe: some natural images (B, C, H, W).
+        fold: whether more than the layout changes.
+        channels_last: whether the layout changes; None where that pays in float32.
     """
 
-    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, probe: Tensor, *, fold: bool = True, channels_last: bool | None = None
+    ) -> None:
         self._model = model
         self._calls: dict[nn.Conv2d, _Call | None] = {}
         self._layout = torch.contiguous_format
@@ -101,8 +111,10 @@ class Folding:
         # Channels last pays where there are channels to put last: grey images are 20% slower with it. On a GPU it is
         # made for TF32 and half precision, which no attack computes in.
         layouts = [torch.contiguous_format]
-        if probe.shape[1] > 1 and probe.device.type == "cpu":
+        if channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu"):
             layouts.insert(0, torch.channels_last)
+        if not fold:
+            calls = {c: _Call(None, None, tiles=False) for c in calls}
         small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
         self._chain = find_chain(model, small, probe.shape[1:])
         plain = {c: replace(call, tiles=False) for c, call in calls.items()}
@@ -116,6 +128,19 @@ class Folding:
             except RuntimeError:
                 pass  # as a `view` of what lies in another layout than its author thought
         self._calls, self._chain = {}, None
+
+    def __str__(self) -> str:
+        """What is computed another way, such as '20 batch norms folded, 7 convolutions in tiles'."""
+        calls = [call for call in self._calls.values() if call is not None]
+        counts = {
+            "batch norms folded": sum(call.norm is not None for call in calls),
+            "convolutions as products": sum(call.pixels is not None for call in calls),
+            "convolutions in tiles": sum(call.tiles for call in calls),
+            "convolutions with channels last": sum(
+                _layout(c, self._layout) is torch.channels_last for c in self._calls
+            ),
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     @contextmanager
     def applied(self, *, norms: bool = True) -> Generator[_Switch]:
@@ -142,12 +167,15 @@ class Folding:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Compute small convolutions as products while the weights learn, in any mode."""
+        """Compute small convolutions as products, and the others in their layout, while the weights learn."""
         patched = list[nn.Module]()
         try:
             for convolution, call in self._calls.items():
                 if call is not None and call.pixels is not None:
                     convolution.forward = MethodType(_learning(call.pixels), convolution)
+                    patched.append(convolution)
+                elif self._layout is torch.channels_last:
+                    convolution.forward = MethodType(_laid_out(_layout(convolution, self._layout)), convolution)
                     patched.append(convolution)
             yield
         finally:
@@ -200,20 +228,19 @@ def _fast(
 ) -> Callable[[nn.Conv2d, Tensor], Tensor]:
     """The convolution with fixed weights, the norm's included; as one matrix product where that is faster."""
     pixels, tiles = (call.pixels, call.tiles) if call else (None, False)
-    if convolution.weight.numel() > LARGEST_LAST:
-        layout = torch.contiguous_format
+    layout = _layout(convolution, layout)
 
     # Not before they are asked for: where the model is a chain of products, they never are.
     @cache
-    def folded() -> tuple[Tensor, Tensor | None]:
+    def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             weight, bias = _folded(convolution, call.norm if call else None)
-            return weight.contiguous(memory_format=layout), bias
+            return weight.contiguous(memory_format=layout).to(dtype), None if bias is None else bias.to(dtype)
 
     @cache
     def product() -> tuple[Tensor, Tensor | None]:
         assert pixels is not None  # noqa: S101
-        weight, bias = folded()
+        weight, bias = folded(convolution.weight.dtype)
         return pixels(weight).T, None if bias is None else pixels.spread(bias)
 
     @cache
@@ -222,6 +249,12 @@ def _fast(
             weight, bias = _folded(convolution, call.norm if call else None)
             return transformed(weight), bias
 
+    def cast(x: Tensor) -> torch.dtype:
+        """The weights' type in this pass: an autocast would cast them again in every one."""
+        dtype, kind = convolution.weight.dtype, x.device.type
+        autocast = dtype is torch.float32 and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast else dtype
+
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not switch.on:
             return nn.Conv2d.forward(self, x)
@@ -229,7 +262,8 @@ def _fast(
             return F.linear(x.flatten(1), *product()).unflatten(1, pixels.outputs)
         if tiles and fits(x.shape) and not torch.is_autocast_enabled(x.device.type):
             return tiled(x, *in_tiles())
-        return self._conv_forward(x.contiguous(memory_format=layout), *folded())  # pyright: ignore[reportPrivateUsage]
+        maps = x.contiguous(memory_format=layout)
+        return self._conv_forward(maps, *folded(cast(x)))  # pyright: ignore[reportPrivateUsage]
 
     return convolve
 
@@ -244,6 +278,22 @@ def _learning(pixels: PixelMatrix) -> Callable[[nn.Conv2d, Tensor], Tensor]:
         return F.linear(x.flatten(1), pixels(self.weight).T, bias).unflatten(1, pixels.outputs)
 
     return convolve
+
+
+def _laid_out(layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution with images and weights in one layout, whatever they came in."""
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        weight = self.weight.contiguous(memory_format=layout)
+        maps = x.contiguous(memory_format=layout)
+        return self._conv_forward(maps, weight, self.bias)  # pyright: ignore[reportPrivateUsage]
+
+    return convolve
+
+
+def _layout(convolution: nn.Conv2d, layout: torch.memory_format) -> torch.memory_format:
+    on_cpu = convolution.weight.device.type == "cpu"
+    return torch.contiguous_format if on_cpu and convolution.weight.numel() > LARGEST_LAST else layout
 
 
 def _as_products(chain: Chain, switch: _Switch) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -19,20 +19,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from crdnd.attacks import PROBE, Folding, frozen
+from crdnd.attacks import PROBE
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.history import Epoch, Validation
+from crdnd.engine.levers import (
+    Levers,
+    arithmetic,
+    caller,
+    make_optimizer,
+    note_precision,
+    student_folding,
+    teacher_memory,
+    teaching,
+    without_waiting,
+)
 from crdnd.engine.processes import SharedBatch
 from crdnd.engine.schedule import learning_rate_factor
-from crdnd.engine.settings import OptimizerSettings, TrainSettings
+from crdnd.engine.settings import TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
 from crdnd.errors import DivergenceError, Interrupted, RunError
-from crdnd.models import evaluating, load_tensors, state
-from crdnd.objectives import Objective, TrainingAttack
+from crdnd.models import load_tensors, state
+from crdnd.objectives import Objective, TrainingAttack, attack_needs
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
@@ -90,12 +101,12 @@ class Trainer:
         self.objective = objective.to(device)
         self.objective.processes = SharedBatch(accelerator)
         self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.trained, settings.optimizer)
+        self.levers = Levers()
+        note_precision(settings, device, self.levers)
+        fused = settings.levers.fused_optimizer
+        self.optimizer = make_optimizer(self.trained, settings.optimizer, device, fused, self.levers)
         first = torch.arange(min(PROBE, len(self.train_data)), device=device)
         self._probe = self.train_data.batch(first)[0]
-        # On the initial weights, so that a run that goes on computes as the one that began.
-        with evaluating(self.student):
-            folding = Folding(self.student, self._probe) if attack is not None else None
         self.step_function = Step(
             self.student,
             teachers[0].to(device) if teachers else None,
@@ -106,12 +117,19 @@ class Trainer:
             teachers[1].to(device) if len(teachers) > 1 else None,
             repair=settings.repair,
             igdm=settings.igdm,
-            folding=folding,
+            # On the initial weights, so that a run that goes on computes as the one that began.
+            folding=student_folding(self.student, self._probe, settings, self.levers) if attack is not None else None,
+            call=caller(settings, device, self.levers),
         )
         processes = accelerator.num_processes
         self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
         self.total_steps = settings.epochs * self.steps_per_epoch
+        share = torch.arange(self.batch_size // processes, device=device)
+        needs = self.step_function.needs | attack_needs(attack)
+        self._memory = teacher_memory(
+            teachers, lambda: self.train_data.batch(share)[0], len(self.train_data), needs, settings, self.levers
+        )
 
         self.step = 0
         self.history: tuple[Epoch, ...] = ()
@@ -133,8 +151,8 @@ class Trainer:
         if not self.student.training:
             self.student.train()
         with ExitStack() as stack:
-            for teacher in self.teachers:
-                stack.enter_context(frozen(teacher, self._probe))
+            stack.enter_context(teaching(self.teachers, self._probe, self.settings))
+            stack.enter_context(arithmetic(self.settings, self.accelerator.device))
             request = stack.enter_context(stop_requests())
             self._resume()
             self._last_save = time.monotonic()
@@ -170,7 +188,8 @@ class Trainer:
             raise
         if index + 1 < self.steps_per_epoch:
             self.train_data.expect(self._ids(epoch, index + 1))
-        ids = ids.to(self.accelerator.device)
+        known = self._memory.recall(ids) if self._memory is not None else None
+        here, ids = ids, without_waiting(ids, self.accelerator.device)
         y = self.train_data.y[ids]
         kind = self.settings.augmentation_at(epoch / self.settings.epochs)
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
@@ -179,7 +198,9 @@ class Trainer:
         passes = self.step_function.passes
         passes.student = passes.teacher = 0
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
-        batch = self.step_function.prepare(x, y, stream, progress, target)
+        batch = self.step_function.prepare(x, y, stream, progress, target, known)
+        if self._memory is not None and known is None:
+            self._memory.keep(here, batch.teachers)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,7 +218,7 @@ class Trainer:
             average(self.averaged, self.student, 1 - self.settings.ema)
         values = {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.terms.items()}}
         for name, count in (("student", passes.student), ("teacher", passes.teacher)):
-            values[f"passes.{name}"] = torch.tensor(count / len(x), dtype=torch.float64, device=loss.device)
+            values[f"passes.{name}"] = torch.full((), count / len(x), dtype=torch.float64, device=loss.device)
         self._note(values)
         self.step += 1
 
@@ -393,18 +414,6 @@ class Trainer:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
-
-
-def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    if settings.name == "adamw":
-        return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        trained,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )
 
 
 def _random_states() -> dict[str, Tensor]:

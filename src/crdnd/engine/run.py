@@ -22,6 +22,7 @@ from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, strati
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Epoch
+from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
@@ -245,6 +246,8 @@ def _run(
         accelerator.wait_for_everyone()
         threads = _open_run(out, settings, identity, checks)
         trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
+        if accelerator.is_main_process and not known:
+            _note_levers(out, trainer.levers)
         with _logged(out), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
@@ -341,6 +344,12 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
         )
     # Sums are added up in another order by another number of threads, so the run keeps the one it began with.
     return int(document.get("threads", torch.get_num_threads()))
+
+
+def _note_levers(out: Path, levers: Levers) -> None:
+    """Add what became of the levers on this device to the run's file."""
+    document = read_json(out / RUN)
+    atomic_write_text(out / RUN, json.dumps(document | {"levers": levers.found}, indent=1) + "\n")
 
 
 def _remove_torn_writes(out: Path) -> None:

@@ -54,6 +54,7 @@ class Step:
         repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
         igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
         folding: how the student is computed faster, while it is attacked and while it learns.
+        call: how a network is called, such as through a compiler.
     """
 
     student: nn.Module
@@ -66,6 +67,7 @@ class Step:
     repair: bool = False
     igdm: float | None = None
     folding: Folding | None = None
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
     passes: Passes = field(default_factory=Passes)
 
     def __call__(
@@ -87,10 +89,22 @@ class Step:
         """The views that the method and its parts look at."""
         return self.objective.needs | (IGDM_VIEWS if self.igdm is not None else frozenset())
 
-    def prepare(self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor | None = None) -> Batch:
-        """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move."""
+    def prepare(
+        self,
+        x: Tensor,
+        y: Tensor,
+        stream: Stream,
+        progress: float,
+        target: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
+    ) -> Batch:
+        """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move.
+
+        `known` is what the teachers say of x, where they have been asked before.
+        """
         target = y if target is None else target
-        teachers = self._of_teachers("nat", x, y, self.needs | attack_needs(self.attack))
+        wanted = self.needs | attack_needs(self.attack)
+        teachers = self._of_teachers("nat", x, y, wanted) if known is None else dict(known)
         x_adv = None
         if self.attack is not None:
             x_adv = self._attacked(self.attack, Batch(x, y, target, None, teachers, stream, progress))
@@ -179,7 +193,7 @@ class Step:
         # made without gradients would silently serve a pass that needs them.
         with self.precision():
             if features not in wanted:
-                return {logits: _at_least_float32(network(x))}
+                return {logits: _at_least_float32(self.call(network, x))}
             with last_linear_input(network) as captured:
                 output = network(x)
             return {logits: _at_least_float32(output), features: _at_least_float32(captured[-1])}
