@@ -12,7 +12,7 @@ bf16 (where the processor has it) are wanted on two cores of a CPU, 3 on a GPU w
 
 import argparse
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,10 @@ from _pairs import Timing, finish, interleaved, machine, parser, peak_memory, ra
 from torch import Tensor, nn
 
 from crdnd import ThreatModel, create_model
-from crdnd.attacks import PROBE, Folding, frozen
+from crdnd.attacks import PROBE
+from crdnd.engine.levers import Levers, arithmetic, caller, make_optimizer, student_folding, teaching
+from crdnd.engine.settings import LeverSettings, Named, OptimizerSettings, TrainSettings
 from crdnd.engine.step import Step
-from crdnd.models import evaluating
 from crdnd.objectives import load_objective
 from crdnd.random import Stream
 
@@ -34,6 +35,8 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 2e-4
 TARGETS = {"fp32": 1.3, "bf16": 1.6}
 KEPT = ExitStack()
 """The teachers' contexts, which live as long as the process: one that nobody holds ends at once."""
+FOUND: dict[str, str] = {}
+"""What became of the levers."""
 
 
 def divergence(target: Tensor, logits: Tensor) -> Tensor:
@@ -72,26 +75,34 @@ def reference(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, opti
 
 def ours(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> Callable:
     """The step of a run."""
-    KEPT.enter_context(frozen(teacher, x[:PROBE]))
+    values = {"name": "sgd", "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "nesterov": False}
+    settings = TrainSettings(
+        objective=Named(name="rslad"), threat=ThreatModel(norm="linf", eps=EPS), precision=options.precision,
+        optimizer=OptimizerSettings(**values, weight_decay=WEIGHT_DECAY), tf32=options.tf32,
+        levers=LeverSettings(compile=options.compile),
+    )  # fmt: skip
+    levers = Levers()
+    KEPT.enter_context(teaching([teacher], x[:PROBE], settings))
     objective = load_objective("rslad")(CLASSES, alpha=ALPHA)
-    with evaluating(student):
-        folding = Folding(student, x[:PROBE])
 
-    def precision() -> Any:
+    def precision() -> AbstractContextManager[object]:
         return torch.autocast(x.device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
 
     run = Step(
-        student.train(), teacher, objective, objective.attack, ThreatModel(norm="linf", eps=EPS), precision,
-        folding=folding,
+        student.train(), teacher, objective, objective.attack, settings.threat, precision,
+        folding=student_folding(student, x[:PROBE], settings, levers), call=caller(settings, x.device, levers),
     )  # fmt: skip
-    optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    weights = list(student.parameters())
+    optimizer = make_optimizer(weights, settings.optimizer, x.device, settings.levers.fused_optimizer, levers)
+    FOUND.update(levers.found)
     ids = torch.arange(len(x), device=x.device)
 
     def step() -> None:
-        terms, _ = run(x, y, Stream.of("benchmark", ids=ids), 0.5)
-        optimizer.zero_grad()
-        terms.total.backward()
-        optimizer.step()
+        with arithmetic(settings, x.device):  # not of the reference
+            terms, _ = run(x, y, Stream.of("benchmark", ids=ids), 0.5)
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
 
     return step
 
@@ -149,6 +160,7 @@ def result(
         "target": target,
         "met": value >= target,
         "peak_memory_bytes": memory,
+        "levers": FOUND,
     }
     rows: list[tuple[object, ...]] = [("loop", f"{options.steps} step(s), median (min to max)", "peak memory")]
     for name, timing in timings.items():
@@ -158,6 +170,7 @@ def result(
         f"RSLAD, {options.student} from {options.teacher}, batch {options.batch_size}, {STEPS} attack steps; reference "
         f"float32, ours {options.precision}; " + ", ".join(f"{key} {fact}" for key, fact in facts.items()),
         *table(rows),
+        *(f"{name} {what}" for name, what in FOUND.items()),
         f"target {target} {'met' if value >= target else 'missed'}",
     ]
     return document, lines
@@ -172,6 +185,8 @@ def arguments() -> argparse.Namespace:
     result.add_argument("--batch-size", type=int, default=32, help="images (default %(default)s)")
     result.add_argument("--steps", type=int, default=1, help="steps a round (default %(default)s)")
     result.add_argument("--precision", choices=list(TARGETS), default="fp32", help="of ours (default %(default)s)")
+    result.add_argument("--tf32", action="store_true", help="TF32 in ours, on a GPU")
+    result.add_argument("--compile", action="store_true", help="torch.compile in ours")
     return result.parse_args()
 
 

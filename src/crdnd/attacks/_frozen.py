@@ -167,12 +167,15 @@ class Folding:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Compute small convolutions as products, and the others in their layout, while the weights learn."""
+        """Compute convolutions as products, in tiles or in their layout while the weights learn, in any mode."""
         patched = list[nn.Module]()
         try:
             for convolution, call in self._calls.items():
                 if call is not None and call.pixels is not None:
                     convolution.forward = MethodType(_learning(call.pixels), convolution)
+                    patched.append(convolution)
+                elif call is not None and call.tiles:
+                    convolution.forward = MethodType(_learning_in_tiles(convolution, self._layout), convolution)
                     patched.append(convolution)
                 elif self._layout is torch.channels_last:
                     convolution.forward = MethodType(_laid_out(_layout(convolution, self._layout)), convolution)
@@ -276,6 +279,19 @@ def _learning(pixels: PixelMatrix) -> Callable[[nn.Conv2d, Tensor], Tensor]:
             return nn.Conv2d.forward(self, x)
         bias = None if self.bias is None else pixels.spread(self.bias)
         return F.linear(x.flatten(1), pixels(self.weight).T, bias).unflatten(1, pixels.outputs)
+
+    return convolve
+
+
+def _learning_in_tiles(convolution: nn.Conv2d, layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution in tiles; its passes share one transform of the weights."""
+    weights = cache(lambda: transformed(convolution.weight))
+    otherwise = _laid_out(_layout(convolution, layout))
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        if not fits(x.shape) or torch.is_autocast_enabled(x.device.type):
+            return otherwise(self, x)
+        return tiled(x, weights(), self.bias)
 
     return convolve
 

@@ -6,7 +6,7 @@ inputs, and costs 36 products in place of 144. The transforms pay where there ar
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,53 +50,67 @@ def transformed(weight: Tensor) -> Tensor:
 
 
 def tiled(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution with fixed weights; gradients reach x alone. (B, C, H, W) -> (B, K, H, W), channels last.
+    """The convolution. (B, C, H, W) -> (B, K, H, W), channels last.
 
     Args:
         x: images, of which H and W are multiples of 4.
-        weights: what `transformed` made of the weights.
+        weights: what `transformed` made of the weights; gradients find their way through it.
         bias: (K,) or None.
     """
-    maps: Tensor = _Tiled.apply(x, weights)  # pyright: ignore[reportAssignmentType]
-    return maps if bias is None else maps + bias[:, None, None]
+    return cast("Tensor", _Tiled.apply(x, weights, bias))
 
 
 class _Tiled(torch.autograd.Function):
     """Both directions are the same three products, in reverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(weights)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights)
         ctx.shape = x.shape
-        of_inputs, _, of_outputs = _transforms(x.dtype)
-        found = x.new_empty(len(x), x.shape[2], x.shape[3], weights.shape[1])
+        _, _, of_outputs = _transforms(x.dtype)
+        # Not the view of another tensor: what comes next may work in place.
+        shape = len(x), weights.shape[1], *x.shape[2:]
+        found = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for part in _chunks(x.shape, weights):
-            patches = _patches(F.pad(x[part].permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)))
-            inner = of_inputs @ patches.permute(3, 4, 0, 1, 2, 5).reshape(TILE**2, -1)
-            products = torch.bmm(inner.view(TILE**2, -1, x.shape[1]), weights.transpose(1, 2))
-            outputs = of_outputs @ products.view(TILE**2, -1)
-            squares = _squares(found[part])
-            squares.copy_(
-                outputs.view(INSIDE, INSIDE, *squares.shape[:2], *squares.shape[2:3], -1).permute(2, 3, 4, 0, 1, 5)
-            )
-        return found.permute(0, 3, 1, 2)
+            products = torch.bmm(_inner(x[part]), weights.transpose(1, 2))
+            squares = _squares(found[part].permute(0, 2, 3, 1))
+            outputs = (of_outputs @ products.flatten(1)).view(INSIDE, INSIDE, *squares.shape[:3], -1)
+            outputs = outputs.permute(2, 3, 4, 0, 1, 5)
+            if bias is None:
+                squares.copy_(outputs)
+            else:
+                torch.add(outputs, bias, out=squares)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weights,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weights = ctx.saved_tensors
         of_inputs, _, of_outputs = _transforms(gradient.dtype)
         count, channels, height, width = ctx.shape
-        found = gradient.new_zeros(count, height + 2, width + 2, channels)
+        found = gradient.new_zeros(count, height + 2, width + 2, channels) if ctx.needs_input_grad[0] else None
+        of_weights = torch.zeros_like(weights) if x is not None else None
         for part in _chunks(ctx.shape, weights):
             squares = _squares(gradient[part].permute(0, 2, 3, 1).contiguous())
             outer = of_outputs.T @ squares.permute(3, 4, 0, 1, 2, 5).reshape(INSIDE**2, -1)
-            products = torch.bmm(outer.view(TILE**2, -1, weights.shape[1]), weights)
-            inner = (of_inputs.T @ products.view(TILE**2, -1)).view(TILE, TILE, *squares.shape[:3], channels)
-            inner, patches = inner.permute(2, 3, 4, 0, 1, 5), _patches(found[part])
-            for down in (0, 1):  # neighbours overlap, every other tile does not
-                for right in (0, 1):
-                    patches[:, down::2, right::2] += inner[:, down::2, right::2]
-        return found[:, 1:-1, 1:-1].permute(0, 3, 1, 2), None
+            outer = outer.view(TILE**2, -1, weights.shape[1])
+            if of_weights is not None:
+                of_weights.baddbmm_(outer.transpose(1, 2), _inner(x[part]))
+            if found is not None:
+                inner = of_inputs.T @ torch.bmm(outer, weights).flatten(1)
+                inner = inner.view(TILE, TILE, *squares.shape[:3], channels).permute(2, 3, 4, 0, 1, 5)
+                patches = _patches(found[part])
+                for down in (0, 1):  # neighbours overlap, every other tile does not
+                    for right in (0, 1):
+                        patches[:, down::2, right::2] += inner[:, down::2, right::2]
+        of_x = None if found is None else found[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        return of_x, of_weights, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+def _inner(x: Tensor) -> Tensor:
+    """The inputs as they stand in the products, (B, C, H, W) -> (36, tiles, C)."""
+    of_inputs, _, _ = _transforms(x.dtype)
+    patches = _patches(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)))
+    return (of_inputs @ patches.permute(3, 4, 0, 1, 2, 5).reshape(TILE**2, -1)).view(TILE**2, -1, x.shape[1])
 
 
 def _chunks(shape: torch.Size, weights: Tensor) -> Iterator[slice]:
