@@ -237,17 +237,15 @@ def _run(
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
     with exclusive(out) if accelerator.is_main_process else nullcontext():
+        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
         aside = None
         if accelerator.is_main_process:
             if fresh:
                 aside = move_aside(out)
             _remove_torn_writes(out)
-            _open_run(out, settings, identity, checks)
+            _open_run(out, settings, identity, checks, trainer.levers)
         accelerator.wait_for_everyone()
-        threads = _open_run(out, settings, identity, checks)
-        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
-        if accelerator.is_main_process and not known:
-            _note_levers(out, trainer.levers)
+        threads = _open_run(out, settings, identity, checks, trainer.levers)
         with _logged(out), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
@@ -258,6 +256,8 @@ def _run(
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             reused = is_finished(out)
             trainer.fit()
+            if accelerator.is_main_process and not reused:
+                _note_levers(out, trainer.levers)
         for tracker in accelerator.trackers:
             tracker.finish()
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
@@ -306,7 +306,9 @@ def _resolved(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck]) -> int:
+def _open_run(
+    out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck], levers: Levers
+) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
     chosen = _resolved(settings)
     if not (out / RUN).exists():
@@ -318,6 +320,7 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
             "settings": chosen,
             "identity": identity,
             "teachers": [check.model_dump(mode="json") for check in checks],
+            "levers": levers.found,
             "threads": threads,
             "versions": provenance.package_versions(),
             "commit": provenance.commit(),
@@ -347,8 +350,10 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
 
 
 def _note_levers(out: Path, levers: Levers) -> None:
-    """Add what became of the levers on this device to the run's file."""
+    """Mend the run's file where another device went on with it, or a compiler failed on the way."""
     document = read_json(out / RUN)
+    if document.get("levers") == levers.found:
+        return
     atomic_write_text(out / RUN, json.dumps(document | {"levers": levers.found}, indent=1) + "\n")
 
 
