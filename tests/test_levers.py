@@ -83,7 +83,7 @@ def test_a_lever_changes_a_run_by_rounding_alone(name, plain_run, tmp_path):
 def test_a_run_says_what_became_of_its_levers(tmp_path):
     train(TinyNet(), splits(), out=tmp_path / "on", **settings(objective="trades"))
     assert found(tmp_path / "on") == {
-        "precision": "off: float32",
+        "precision": "fp32",
         "tf32": "off",
         "deterministic": "off",
         "checkpoint_teacher": "off",

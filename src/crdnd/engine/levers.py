@@ -126,10 +126,10 @@ class Compiled:
         """network(x)."""
         if self._failed:
             return network(x)
-        if network not in self._compiled:
-            mode = "reduce-overhead" if self._graphs else None
-            self._compiled[network] = cast("Callable[[Tensor], Tensor]", torch.compile(network, mode=mode))
         try:
+            if network not in self._compiled:
+                mode = "reduce-overhead" if self._graphs else None
+                self._compiled[network] = cast("Callable[[Tensor], Tensor]", torch.compile(network, mode=mode))
             logits = self._compiled[network](x)
         except Exception as error:  # whatever a compiler lacks or refuses, the network itself can be called
             self._failed = True
@@ -263,7 +263,7 @@ def arithmetic(settings: TrainSettings, device: torch.device) -> Generator[None]
 
 def note_precision(settings: TrainSettings, device: torch.device, levers: Levers) -> None:
     """What the arithmetic of this device makes of the settings."""
-    levers.note("precision", settings.precision == "bf16", "bf16" if settings.precision == "bf16" else "float32")
+    levers.found["precision"] = settings.precision
     useless = settings.tf32 and not _cuda(device)
     levers.note("tf32", settings.tf32 and not useless, "the device has none" if useless else "", warn=useless)
     levers.note("deterministic", settings.deterministic)
