@@ -79,6 +79,7 @@ def wide(**changes):
 PAYS = {
     "wide": (wide(), (128, 8, 8), True),
     "one side wider": (wide(in_channels=64, out_channels=256), (64, 8, 12), True),
+    "too wide": (wide(in_channels=512, out_channels=640), (512, 8, 8), False),
     "float64": (wide(dtype=torch.float64), (128, 4, 4), True),
     "narrow": (wide(in_channels=64), (64, 8, 8), False),
     "no multiple of 4": (wide(), (128, 8, 6), False),
@@ -131,6 +132,21 @@ def test_images_of_another_size_and_an_autocast_take_the_convolution_itself(monk
             model(images(COUNT, (3, 24, 40), dtype=torch.float32))
             with pytest.raises(AssertionError):
                 model(x)
+
+
+def test_the_widest_convolutions_learn_as_they_are(monkeypatch):
+    monkeypatch.setattr("crdnd.attacks._frozen.MOST_LEARNING", 128 * 128 - 1)
+    model, x = resnet().eval(), images(COUNT, (3, 32, 32))
+    folding = Folding(model, x)
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("crdnd.attacks._frozen.tiled", never)
+    with folding.training():
+        model(x)
+    with folding.applied(), pytest.raises(AssertionError):
+        model(x)
 
 
 def test_training_in_tiles_gives_every_weight_its_gradient():

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from crdnd.attacks._base import Classifier, input_gradient
 from crdnd.attacks._matrices import LARGEST_MATRIX, Chain, PixelMatrix, find_chain
-from crdnd.attacks._tiles import fits, tiled, tiles_pay, transformed
+from crdnd.attacks._tiles import MOST_LEARNING, fits, tiled, tiles_pay, transformed
 from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
@@ -105,14 +105,13 @@ class Folding:
         self._layout = torch.contiguous_format
         self._chain: Chain | None = None
         convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m)]
-        if not convolutions:
+        # Channels last pays where there are channels to put last: grey images are 20% slower with it. On a GPU it is
+        # made for TF32 and half precision, which no evaluation computes in.
+        last = channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu")
+        if not convolutions or not (fold or last):
             return
         seen, calls = _trace(model, probe)
-        # Channels last pays where there are channels to put last: grey images are 20% slower with it. On a GPU it is
-        # made for TF32 and half precision, which no attack computes in.
-        layouts = [torch.contiguous_format]
-        if channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu"):
-            layouts.insert(0, torch.channels_last)
+        layouts = [torch.channels_last, torch.contiguous_format] if last else [torch.contiguous_format]
         if not fold:
             calls = {c: _Call(None, None, tiles=False) for c in calls}
         small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
@@ -174,7 +173,7 @@ class Folding:
                 if call is not None and call.pixels is not None:
                     convolution.forward = MethodType(_learning(call.pixels), convolution)
                     patched.append(convolution)
-                elif call is not None and call.tiles:
+                elif call is not None and call.tiles and convolution.weight.numel() <= 9 * MOST_LEARNING:
                     convolution.forward = MethodType(_learning_in_tiles(convolution, self._layout), convolution)
                     patched.append(convolution)
                 elif self._layout is torch.channels_last:

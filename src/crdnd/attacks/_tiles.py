@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEWEST_WEIGHTS = 128 * 128
-"""Channels in times channels out, below which the transforms cost more than the products save."""
+FEWEST_WEIGHTS, MOST_WEIGHTS = 128 * 128, 512 * 512
+"""Channels in times channels out, below which the transforms cost more than the products save, and above which four
+times the weights are too much memory."""
+MOST_LEARNING = 256 * 256
+"""Likewise while weights learn: they are transformed anew in every step, and so are their gradients."""
 INSIDE, TILE = 4, 6
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 """Where the polynomials are evaluated, beside infinity. With the usual 0, 1, -1, 2, -2 rounding is twice as large."""
@@ -32,7 +35,7 @@ def tiles_pay(convolution: nn.Conv2d, inputs: Sequence[int]) -> bool:
         and convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
         and convolution.groups == 1
-        and convolution.in_channels * convolution.out_channels >= FEWEST_WEIGHTS
+        and FEWEST_WEIGHTS <= convolution.in_channels * convolution.out_channels <= MOST_WEIGHTS
         and fits(inputs)
     )
 
@@ -94,7 +97,7 @@ class _Tiled(torch.autograd.Function):
             outer = of_outputs.T @ squares.permute(3, 4, 0, 1, 2, 5).reshape(INSIDE**2, -1)
             outer = outer.view(TILE**2, -1, weights.shape[1])
             if of_weights is not None:
-                of_weights.baddbmm_(outer.transpose(1, 2), _inner(x[part]))
+                of_weights.baddbmm_(outer.transpose(1, 2), _inner(cast("Tensor", x)[part]))
             if found is not None:
                 inner = of_inputs.T @ torch.bmm(outer, weights).flatten(1)
                 inner = inner.view(TILE, TILE, *squares.shape[:3], channels).permute(2, 3, 4, 0, 1, 5)

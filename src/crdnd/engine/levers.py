@@ -43,36 +43,34 @@ class Levers:
 # Networks
 
 
-def last_pays(settings: TrainSettings, device: torch.device) -> bool | None:
-    """Whether convolutions have their channels last; None where `Folding` chooses by what pays in float32."""
-    wanted = settings.levers.channels_last
+def ways(settings: TrainSettings, device: torch.device) -> dict[str, bool | None]:
+    """How `Folding` computes networks: whether it folds, and whether channels are last; None where it chooses."""
+    chosen = settings.levers
+    if chosen.compile:  # a compiler folds for itself, and traces no weights that are swapped
+        return {"fold": False, "channels_last": False}
     fast = device.type == "cuda" and (settings.precision == "bf16" or settings.tf32)
-    return True if wanted is None and fast else wanted
+    last = True if chosen.channels_last is None and fast else chosen.channels_last
+    return {"fold": chosen.fold, "channels_last": last}
 
 
-def student_folding(student: nn.Module, probe: Tensor, settings: TrainSettings, levers: Levers) -> Folding | None:
-    """How the student is computed; None where that is as it is."""
-    chosen, last = settings.levers, last_pays(settings, probe.device)
-    fold = chosen.fold and not chosen.compile  # a compiler folds for itself, and traces no weights that change
-    if not fold and not last:
-        levers.note("fold", False, "compile does it" if chosen.compile else "as set")
-        return None
+def student_folding(student: nn.Module, probe: Tensor, settings: TrainSettings, levers: Levers) -> Folding:
+    """How the student is computed, in the attack and while it learns."""
     with evaluating(student):
-        found = Folding(student, probe, fold=fold, channels_last=last)
-    levers.note("fold", bool(str(found)), str(found) or "nothing to fold, or answers would not be the same")
+        found = Folding(student, probe, **cast("Any", ways(settings, probe.device)))
+    plain = not settings.levers.fold and settings.levers.channels_last is False
+    why = "compile does it" if settings.levers.compile else "as set" if plain else "no layer for it, or answers differ"
+    levers.note("fold", bool(str(found)), str(found) or why)
     return found
 
 
 @contextmanager
 def teaching(teachers: Iterable[nn.Module], probe: Tensor, settings: TrainSettings) -> Generator[None]:
     """Frozen teachers, computed the fast way, for the body's time."""
-    chosen, last = settings.levers, last_pays(settings, probe.device)
     with ExitStack() as stack:
         for teacher in teachers:
-            if chosen.checkpoint_teacher:
+            if settings.levers.checkpoint_teacher:
                 stack.enter_context(checkpointed(teacher))
-            plain = chosen.compile or (not chosen.fold and not last)
-            stack.enter_context(frozen(teacher, probe, fold=chosen.fold and not plain, channels_last=last))
+            stack.enter_context(frozen(teacher, probe, **cast("Any", ways(settings, probe.device))))
         yield
 
 
