@@ -21,12 +21,13 @@ def problem(size, dtype=torch.float64):
     return x, weight, bias, torch.randn(COUNT, OUTPUTS, *size, generator=draws, dtype=dtype)
 
 
+@pytest.mark.parametrize("form", [transformed, lambda weight: weight])
 @pytest.mark.parametrize("chunk", [1, 2000, 1 << 21])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_convolution_in_tiles_and_its_gradients_are_the_convolution(size, chunk, monkeypatch):
+def test_a_convolution_in_tiles_and_its_gradients_are_the_convolution(size, chunk, form, monkeypatch):
     monkeypatch.setattr(_tiles, "CHUNK", chunk)
     x, weight, bias, upstream = problem(size)
-    found, expected = tiled(x, transformed(weight), bias), F.conv2d(x, weight, bias, padding=1)
+    found, expected = tiled(x, form(weight), bias), F.conv2d(x, weight, bias, padding=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     ours, theirs = (torch.autograd.grad(maps, (x, weight, bias), upstream) for maps in (found, expected))
     for own, other in zip(ours, theirs, strict=True):
@@ -113,7 +114,7 @@ def test_a_frozen_resnet_computes_its_widest_stage_in_tiles_and_says_so():
 
 def test_where_tiles_would_change_answers_they_are_given_up_and_the_rest_is_not(monkeypatch):
     model, x = resnet().eval(), images(COUNT, (3, 32, 32))
-    monkeypatch.setattr("crdnd.attacks._frozen.transformed", lambda weight: 1.001 * transformed(weight))
+    monkeypatch.setattr("crdnd.attacks._tiles.transformed", lambda weight: 1.001 * transformed(weight))
     assert str(Folding(model, x)) == "20 batch norms folded, 20 convolutions with channels last"
 
 
@@ -135,7 +136,7 @@ def test_images_of_another_size_and_an_autocast_take_the_convolution_itself(monk
 
 
 def test_the_widest_convolutions_learn_as_they_are(monkeypatch):
-    monkeypatch.setattr("crdnd.attacks._frozen.MOST_LEARNING", 128 * 128 - 1)
+    monkeypatch.setattr("crdnd.attacks._frozen.FEW_WEIGHTS", 128 * 128 - 1)
     model, x = resnet().eval(), images(COUNT, (3, 32, 32))
     folding = Folding(model, x)
 

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from crdnd.attacks._base import Classifier, input_gradient
 from crdnd.attacks._matrices import LARGEST_MATRIX, Chain, PixelMatrix, find_chain
-from crdnd.attacks._tiles import MOST_LEARNING, fits, tiled, tiles_pay, transformed
+from crdnd.attacks._tiles import FEW_WEIGHTS, fits, tiled, tiles_pay, transformed
 from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
@@ -173,7 +173,7 @@ class Folding:
                 if call is not None and call.pixels is not None:
                     convolution.forward = MethodType(_learning(call.pixels), convolution)
                     patched.append(convolution)
-                elif call is not None and call.tiles and convolution.weight.numel() <= 9 * MOST_LEARNING:
+                elif call is not None and call.tiles and _few(convolution):
                     convolution.forward = MethodType(_learning_in_tiles(convolution, self._layout), convolution)
                     patched.append(convolution)
                 elif self._layout is torch.channels_last:
@@ -249,7 +249,7 @@ def _fast(
     def in_tiles() -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             weight, bias = _folded(convolution, call.norm if call else None)
-            return transformed(weight), bias
+            return weight if _few(convolution) else transformed(weight), bias
 
     def cast(x: Tensor) -> torch.dtype:
         """The weights' type in this pass: an autocast would cast them again in every one."""
@@ -283,16 +283,19 @@ def _learning(pixels: PixelMatrix) -> Callable[[nn.Conv2d, Tensor], Tensor]:
 
 
 def _learning_in_tiles(convolution: nn.Conv2d, layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:
-    """The convolution in tiles; its passes share one transform of the weights."""
-    weights = cache(lambda: transformed(convolution.weight))
+    """The convolution in tiles, through which gradients reach its weights."""
     otherwise = _laid_out(_layout(convolution, layout))
 
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not fits(x.shape) or torch.is_autocast_enabled(x.device.type):
             return otherwise(self, x)
-        return tiled(x, weights(), self.bias)
+        return tiled(x, self.weight, self.bias)
 
     return convolve
+
+
+def _few(convolution: nn.Conv2d) -> bool:
+    return convolution.in_channels * convolution.out_channels <= FEW_WEIGHTS
 
 
 def _laid_out(layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:

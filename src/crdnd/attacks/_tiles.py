@@ -15,8 +15,9 @@ from torch import Tensor, nn
 FEWEST_WEIGHTS, MOST_WEIGHTS = 128 * 128, 512 * 512
 """Channels in times channels out, below which the transforms cost more than the products save, and above which four
 times the weights are too much memory."""
-MOST_LEARNING = 256 * 256
-"""Likewise while weights learn: they are transformed anew in every step, and so are their gradients."""
+FEW_WEIGHTS = 256 * 256
+"""Up to so many the weights are transformed in every pass, which costs little time and keeps no memory; above them once
+for all passes, and not while they learn."""
 INSIDE, TILE = 4, 6
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 """Where the polynomials are evaluated, beside infinity. With the usual 0, 1, -1, 2, -2 rounding is twice as large."""
@@ -57,7 +58,7 @@ def tiled(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: images, of which H and W are multiples of 4.
-        weights: what `transformed` made of the weights; gradients find their way through it.
+        weights: as they are, (K, C, 3, 3), or what `transformed` made of them, (36, K, C), which is then kept.
         bias: (K,) or None.
     """
     return cast("Tensor", _Tiled.apply(x, weights, bias))
@@ -69,7 +70,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights)
-        ctx.shape = x.shape
+        ctx.shape, ctx.raw = x.shape, weights.ndim == 4
+        weights = transformed(weights) if ctx.raw else weights
         _, _, of_outputs = _transforms(x.dtype)
         # Not the view of another tensor: what comes next may work in place.
         shape = len(x), weights.shape[1], *x.shape[2:]
@@ -88,6 +90,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights = ctx.saved_tensors
+        weights = transformed(weights) if ctx.raw else weights
         of_inputs, _, of_outputs = _transforms(gradient.dtype)
         count, channels, height, width = ctx.shape
         found = gradient.new_zeros(count, height + 2, width + 2, channels) if ctx.needs_input_grad[0] else None
@@ -105,6 +108,9 @@ class _Tiled(torch.autograd.Function):
                 for down in (0, 1):  # neighbours overlap, every other tile does not
                     for right in (0, 1):
                         patches[:, down::2, right::2] += inner[:, down::2, right::2]
+        if of_weights is not None and ctx.raw:
+            _, evaluated, _ = _transforms(gradient.dtype)
+            of_weights = (of_weights.flatten(1).T @ evaluated).view(*weights.shape[1:], 3, 3)
         of_x = None if found is None else found[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
         return of_x, of_weights, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
