@@ -90,7 +90,7 @@ def test_a_run_says_what_became_of_its_levers(tmp_path):
         "fused_optimizer": "on",
         "fold": "on: 1 convolutions as products, 1 convolutions with channels last",
         "compile": "off",
-        "keep_teacher": "off: no teacher is asked about natural images",
+        "keep_teacher": "off: as set",
     }
     train(TinyNet(), splits(), out=tmp_path / "off", **settings(objective="trades", levers=PLAIN))
     report = found(tmp_path / "off")
@@ -148,7 +148,7 @@ UNFIT: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_cannot_be_kept_is_asked_again_in_every_epoch(name, tmp_path):
     make, changes, says = UNFIT[name]
-    common = settings(**changes)
+    common = settings(levers={"keep_teacher": 1}, **changes)
     run = distill(TinyNet(seed=1), splits(), teacher=make(seed=2), out=tmp_path / "run", **common)
     assert found(tmp_path / "run")["keep_teacher"] == says
     assert len({epoch.teacher_passes for epoch in run.history}) == 1

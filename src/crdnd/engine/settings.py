@@ -129,10 +129,10 @@ class LeverSettings(Frozen):
     )
     fused_optimizer: bool = Field(default=True, description="One kernel for the update of all weights.")
     keep_teacher: float = Field(
-        default=256.0,
+        default=0.0,
         ge=0,
         description="MiB for what the teachers say of natural images, kept over epochs where augmentation is none; 0 "
-        "keeps nothing.",
+        "keeps nothing. A resumed run asks again, which its counted passes show.",
     )
     compile: bool = Field(
         default=False,
