@@ -348,6 +348,16 @@ def test_an_option_wins_over_set(crdnd, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_precision_and_its_company_are_options_of_a_run(crdnd, tmp_path):
+    options = ("--precision", "bf16", "--deterministic", "--tf32", "--out", "o")
+    assert crdnd("train", "--objective", "natural", *TINY, *LINF, *options).status == 0
+    found = settings_of(tmp_path / "o")
+    assert (found["precision"], found["deterministic"], found["tf32"]) == ("bf16", True, True)
+    refused = crdnd("train", "--objective", "natural", *TINY, *LINF, "--precision", "half", "--compile", "--out", "p")
+    assert refused.status == 2
+    assert "precision" in refused.err
+
+
 # Evaluation
 
 

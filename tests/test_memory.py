@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crdnd import InputError, RunError, Splits, distill, train
 from crdnd.engine import Progress, loop, read_status
 from crdnd.engine.checkpoint import read_checkpoint
-from crdnd.engine.loop import out_of_memory
+from crdnd.engine.memory import out_of_memory
 from crdnd.io import check_room
 from crdnd.objectives import Views, load_objective, objective_names
 from crdnd.random import Stream
@@ -52,7 +52,7 @@ def gradients(name: str, parts: dict[str, Any], micro_batch: int | None, *, drop
     step.objective.load_state_dict(experienced(name, {}).state_dict())
     target = 0.6 * torch.eye(CLASSES, dtype=torch.float64)[LABELS] + 0.4 / CLASSES
     torch.manual_seed(5)
-    batch = step.prepare(images(), LABELS, Stream.of("test", ids=IDS), 0.9, target, micro_batch)
+    batch = step.prepare(images(), LABELS, Stream.of("test", ids=IDS), 0.9, target, micro_batch=micro_batch)
     terms, views = step.backward(batch, micro_batch)
     with torch.no_grad():
         step.objective.observe(views)
@@ -90,7 +90,7 @@ def test_a_part_that_is_looked_at_again_drops_the_same_units(name):
     step.objective.load_state_dict(experienced(name, {}).state_dict())
     target = 0.6 * torch.eye(CLASSES, dtype=torch.float64)[LABELS] + 0.4 / CLASSES
     torch.manual_seed(5)
-    batch = step.prepare(images(), LABELS, Stream.of("test", ids=IDS), 0.9, target, 4)
+    batch = step.prepare(images(), LABELS, Stream.of("test", ids=IDS), 0.9, target, micro_batch=4)
     # The same draws, one part after the other, with all graphs kept.
     seen = [step._student(part) for part in batch.parts(4)]
     after = torch.get_rng_state()
@@ -132,7 +132,7 @@ def test_looking_again_leaves_the_statistics_as_one_look_does():
     def norms(name: str) -> list[int]:
         student = cnn().train()
         step = step_of(name, student, cnn(seed=4).eval(), cnn(seed=5).eval(), dtype=torch.float32)
-        batch = step.prepare(images(dtype=torch.float32), LABELS, Stream.of("test", ids=IDS), 0.0, None, 3)
+        batch = step.prepare(images(dtype=torch.float32), LABELS, Stream.of("test", ids=IDS), 0.0, micro_batch=3)
         step.backward(batch, 3)
         return [module.num_batches_tracked.item() for module in student.modules() if hasattr(module, "running_mean")]
 

@@ -73,9 +73,26 @@ CASES: dict[str, dict[str, Any]] = {name: {"objective": name} for name in object
     "micro": {"objective": "rslad", "micro_batch": 2, "awp": {"gamma": 0.01, "warmup": 0.2}},
     "micro_relating": {"objective": "crd", "micro_batch": 2, "awp": {"gamma": 0.01, "warmup": 0.2}},
     "sharded": {"objective": "adaad", "shard_teacher": True},
+    "sharded_again": {
+        "objective": "adaad",
+        "shard_teacher": True,
+        "levers": {"checkpoint_teacher": True, "keep_teacher": 1},
+    },
     "sharded_slope": {"objective": "saad", "shard_teacher": True},
 }
-FAST = ["crdnd", "running", "crd", "mtard", "parts", "frozen_norm", "norm", "micro", "micro_relating", "sharded"]
+FAST = [
+    "crdnd",
+    "running",
+    "crd",
+    "mtard",
+    "parts",
+    "frozen_norm",
+    "norm",
+    "micro",
+    "micro_relating",
+    "sharded",
+    "sharded_again",
+]
 RESUMED = ["crdnd", "running", "crd", "parts", "norm"]
 
 

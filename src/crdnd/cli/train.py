@@ -34,6 +34,14 @@ from crdnd.errors import InputError
 if TYPE_CHECKING:
     from crdnd.engine import Run
 
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="Of training: fp32 or bf16.")]
+Tf32Option = Annotated[bool | None, typer.Option("--tf32", help="TF32 in training, on GPUs that have it.")]
+DeterministicOption = Annotated[
+    bool | None, typer.Option("--deterministic", help="On a GPU: the same bits in every run; slower.")
+]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile", help="torch.compile, with CUDA graphs on a GPU; plain where it fails.")
+]
 SaveOption = Annotated[
     int | None, typer.Option("--save-every-steps", help="Save this often; bounds what a kill costs.")
 ]
@@ -50,6 +58,10 @@ def train_command(
     norm: NormOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
+    precision: PrecisionOption = None,
+    tf32: Tf32Option = None,
+    deterministic: DeterministicOption = None,
+    compile_networks: CompileOption = None,
     save_every_steps: SaveOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -65,7 +77,8 @@ def train_command(
     """
     options = given(
         data=data, model__name=model, objective__name=objective, threat__eps=eps, threat__norm=norm, epochs=epochs,
-        seed=seed, save_every_steps=save_every_steps, out=out,
+        seed=seed, precision=precision, tf32=tf32, deterministic=deterministic, levers__compile=compile_networks,
+        save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is not None:
@@ -88,6 +101,10 @@ def distill_command(
     norm: NormOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
+    precision: PrecisionOption = None,
+    tf32: Tf32Option = None,
+    deterministic: DeterministicOption = None,
+    compile_networks: CompileOption = None,
     save_every_steps: SaveOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -112,7 +129,8 @@ def distill_command(
     options = given(
         data=data, teacher=teacher, teacher_weights=teacher_weights, second_teacher=second_teacher,
         second_teacher_weights=second_teacher_weights, model__name=model, objective__name=objective,
-        threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, save_every_steps=save_every_steps, out=out,
+        threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, precision=precision, tf32=tf32,
+        deterministic=deterministic, levers__compile=compile_networks, save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is None:

@@ -20,15 +20,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from crdnd.attacks import PROBE, Folding, frozen
+from crdnd.attacks import PROBE
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
 from crdnd.engine.generator import random_states, set_random_states
 from crdnd.engine.history import Change, Epoch, Validation
+from crdnd.engine.levers import (
+    Levers,
+    arithmetic,
+    caller,
+    make_optimizer,
+    note_precision,
+    student_folding,
+    teacher_memory,
+    teaching,
+    without_waiting,
+)
+from crdnd.engine.memory import out_of_memory
 from crdnd.engine.pace import Pace, TimeLeft, time_left
 from crdnd.engine.processes import SharedRun
 from crdnd.engine.schedule import learning_rate_factor
-from crdnd.engine.settings import OptimizerSettings, TrainSettings
+from crdnd.engine.settings import TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
@@ -44,8 +56,8 @@ from crdnd.engine.weights import (
 )
 from crdnd.errors import DivergenceError, Interrupted, RunError, first_line
 from crdnd.io import check_room
-from crdnd.models import evaluating, load_tensors, state
-from crdnd.objectives import LossTerms, Objective, TrainingAttack, Views
+from crdnd.models import load_tensors, state
+from crdnd.objectives import LossTerms, Objective, TrainingAttack, Views, attack_needs
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
@@ -115,12 +127,12 @@ class Trainer:
         self.objective = objective.to(device)
         self.objective.processes = shared
         self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.trained, settings.optimizer)
+        self.levers = Levers()
+        note_precision(settings, device, self.levers)
+        fused = settings.levers.fused_optimizer
+        self.optimizer = make_optimizer(self.trained, settings.optimizer, device, fused, self.levers)
         first = torch.arange(min(PROBE, len(self.train_data)), device=device)
         self._probe = self.train_data.batch(first)[0]
-        # On the initial weights, so that a run that goes on computes as the one that began.
-        with evaluating(self.student):
-            folding = Folding(self.student, self._probe) if attack is not None else None
         self.step_function = Step(
             self.student,
             teachers[0].to(device) if teachers else None,
@@ -131,11 +143,21 @@ class Trainer:
             teachers[1].to(device) if len(teachers) > 1 else None,
             repair=settings.repair,
             igdm=settings.igdm,
-            folding=folding,
+            # On the initial weights, so that a run that goes on computes as the one that began.
+            folding=student_folding(self.student, self._probe, settings, self.levers) if attack is not None else None,
+            call=caller(settings, device, self.levers),
         )
         self.batch_size = min(settings.batch_size, len(self.train_data) // shared.count * shared.count)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
         self.total_steps = settings.epochs * self.steps_per_epoch
+        # Nothing of a sharded teacher can be folded or left out: this process has but a part of its weights.
+        self._sharded = shared.count > 1 and settings.shard_teacher
+        share = torch.arange(self.batch_size // shared.count, device=device)
+        needs = self.step_function.needs | attack_needs(attack)
+        self._memory = teacher_memory(
+            teachers, lambda: self.train_data.batch(share)[0], len(self.train_data), needs, settings, self.levers,
+            sharded=self._sharded,
+        )  # fmt: skip
 
         self.step = 0
         self.history: tuple[Epoch, ...] = ()
@@ -160,10 +182,8 @@ class Trainer:
         if not self.student.training:
             self.student.train()
         with ExitStack() as stack:
-            for teacher in self.teachers:
-                # Nothing of a sharded one can be folded: this process has but a part of its weights.
-                whole = self.shared.count == 1 or not self.settings.shard_teacher
-                stack.enter_context(frozen(teacher, self._probe) if whole else evaluating(teacher))
+            stack.enter_context(teaching(self.teachers, self._probe, self.settings, whole=not self._sharded))
+            stack.enter_context(arithmetic(self.settings, self.accelerator.device))
             request = stack.enter_context(stop_requests())
             self._resume()
             if self.shared.is_main and not self.finished:
@@ -238,7 +258,7 @@ class Trainer:
             raise
         if index + 1 < self.steps_per_epoch:
             self.train_data.expect(self._ids(epoch, index + 1))
-        ids = ids.to(self.accelerator.device)
+        here, ids = ids, without_waiting(ids, self.accelerator.device)
         y = self.train_data.y[ids]
         kind = self.settings.augmentation_at(epoch / self.settings.epochs)
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
@@ -247,7 +267,7 @@ class Trainer:
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
         for group in self.optimizer.param_groups:
             group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
-        terms, views = self._within_memory(lambda: self._gradients(x, y, stream, progress, target), save=True)
+        terms, views = self._within_memory(lambda: self._gradients(x, y, here, stream, progress, target), save=True)
         loss, passes = terms.total, self.step_function.passes
         if self.shared.count > 1:
             self._share()
@@ -260,17 +280,22 @@ class Trainer:
             average(self.averaged, self.student, 1 - self.settings.ema)
         values = {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.terms.items()}}
         for name, count in (("student", passes.student), ("teacher", passes.teacher)):
-            values[f"passes.{name}"] = torch.tensor(count / len(x), dtype=torch.float64, device=loss.device)
+            values[f"passes.{name}"] = torch.full((), count / len(x), dtype=torch.float64, device=loss.device)
         self._note(values)
         self.step += 1
 
     def _gradients(
-        self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor
+        self, x: Tensor, y: Tensor, ids: Tensor, stream: Stream, progress: float, target: Tensor
     ) -> tuple[LossTerms, Views]:
         """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
         passes = self.step_function.passes
         passes.student = passes.teacher = 0
-        batch = self.step_function.prepare(x, y, stream, progress, target, self.micro_batch)
+        # Micro-batches differ in size, and what a teacher says of an image may differ with it in the last bits.
+        memory = self._memory if self.micro_batch is None else None
+        known = memory.recall(ids) if memory is not None else None
+        batch = self.step_function.prepare(x, y, stream, progress, target, known, self.micro_batch)
+        if memory is not None and known is None:
+            memory.keep(ids, batch.teachers)
         with self._worst_weights(batch):
             self.optimizer.zero_grad(set_to_none=True)
             return self.step_function.backward(batch, self.micro_batch)
@@ -604,23 +629,3 @@ class Trainer:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the processor has no memory left; torch has no type of its own for the latter."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    return not isinstance(error, RunError) and any(text in str(error) for text in texts)
-
-
-def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    if settings.name == "adamw":
-        return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        trained,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )

@@ -22,6 +22,7 @@ from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, strati
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
 from crdnd.engine.history import Change, Epoch
+from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
@@ -244,19 +245,23 @@ def _run(
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
     with exclusive(out) if shared.is_main else nullcontext():
+
+        def changed(changes: Sequence[Change]) -> None:
+            if shared.is_main:
+                _record(out, changes=[change.model_dump(mode="json") for change in changes])
+
+        trainer = Trainer(
+            student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener, changed
+        )
         aside = None
         if shared.is_main:
             if fresh:
                 aside = move_aside(out)
             _remove_torn_writes(out)
-            _open_run(out, settings, identity, checks)
+            _open_run(out, settings, identity, checks, trainer.levers)
         shared.agree()
-        threads = _open_run(out, settings, identity, checks)
+        threads = _open_run(out, settings, identity, checks, trainer.levers)
         reused = is_finished(out)
-        trainer = Trainer(
-            student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener,
-            lambda changes: _record(out, changes) if shared.is_main else None,
-        )  # fmt: skip
         with _logged(out) if shared.is_main else nullcontext(), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
@@ -267,6 +272,9 @@ def _run(
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
             with nullcontext() if reused else _tracked(accelerator, settings, out):
                 trainer.fit()
+            if shared.is_main and not reused:
+                # Another device may have gone on with it, or a compiler failed on the way.
+                _record(out, levers=trainer.levers.found)
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
         shared.agree()  # the folders are whole
         return run
@@ -313,7 +321,9 @@ def _resolved(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck]) -> int:
+def _open_run(
+    out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck], levers: Levers
+) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
     chosen = _resolved(settings)
     if not (out / RUN).exists():
@@ -325,6 +335,7 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
             "settings": chosen,
             "identity": identity,
             "teachers": [check.model_dump(mode="json") for check in checks],
+            "levers": levers.found,
             "threads": threads,
             "versions": provenance.package_versions(),
             "commit": provenance.commit(),
@@ -353,12 +364,11 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
     return int(document.get("threads", torch.get_num_threads()))
 
 
-def _record(out: Path, changes: Sequence[Change]) -> None:
-    """Write into the run's own document what it changed about itself."""
+def _record(out: Path, **found: object) -> None:
+    """Write into the run's own document what became of it: what it changed about itself, and its levers."""
     document = read_json(out / RUN)
-    made = [change.model_dump(mode="json") for change in changes]
-    if document.get("changes") != made:
-        atomic_write_text(out / RUN, json.dumps(document | {"changes": made}, indent=1) + "\n")
+    if any(document.get(key) != value for key, value in found.items()):
+        atomic_write_text(out / RUN, json.dumps(document | found, indent=1) + "\n")
 
 
 def _remove_torn_writes(out: Path) -> None:

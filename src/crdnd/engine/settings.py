@@ -114,6 +114,38 @@ class WeightPerturbation(Frozen):
     warmup: float = Field(default=0.05, ge=0, lt=1, description="Part of the run without it: 10 of 200 epochs.")
 
 
+class LeverSettings(Frozen):
+    """What makes a run faster and changes its numbers by rounding alone; `run.json` says what became of each."""
+
+    fold: bool = Field(
+        default=True,
+        description="Fold batch norms into convolutions, and compute small and wide convolutions as products, while "
+        "weights stand still.",
+    )
+    channels_last: bool | None = Field(
+        default=None,
+        description="Layout of the images in convolutions; by default where it pays: on a CPU but for the widest "
+        "layers, on a GPU in bf16 and TF32.",
+    )
+    fused_optimizer: bool = Field(default=True, description="One kernel for the update of all weights.")
+    keep_teacher: float = Field(
+        default=0.0,
+        ge=0,
+        description="MiB for what the teachers say of natural images, kept over epochs where augmentation is none; 0 "
+        "keeps nothing. A resumed run asks again, which its counted passes show.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Send the networks' passes through torch.compile, with CUDA graphs on a GPU; it takes the place "
+        "of fold.",
+    )
+    checkpoint_teacher: bool = Field(
+        default=False,
+        description="Compute a teacher's layers again where an attack asks for its gradients, instead of keeping them: "
+        "less memory, more time.",
+    )
+
+
 class TrainSettings(Frozen):
     """Everything about a run but its networks, data and folder."""
 
@@ -188,6 +220,11 @@ class TrainSettings(Frozen):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of training; validation is always in float32."
     )
+    tf32: bool = Field(default=False, description="TF32 in training on GPUs that have it; never in validation.")
+    deterministic: bool = Field(
+        default=False, description="On a GPU: only kernels that give the same bits in every run; slower."
+    )
+    levers: LeverSettings = Field(default=LeverSettings(), description="What makes the run faster.")
     seed: int = Field(default=0, description="Seed of everything that is drawn.")
     seeds: Seeds = Field(default=Seeds(), description="Separate seeds for parts of it.")
     save_every_steps: int | None = Field(

@@ -36,7 +36,8 @@ class Batch:
         """The batch in micro-batches of at most so many images, as even as can be; whole where None."""
         if size is None or size >= len(self.x):
             return [self]
-        return [self._take(rows) for rows in torch.arange(len(self.x)).tensor_split(-(-len(self.x) // size))]
+        places = torch.arange(len(self.x), device=self.x.device)
+        return [self._take(rows) for rows in places.tensor_split(-(-len(self.x) // size))]
 
     def _take(self, rows: Tensor) -> "Batch":
         return Batch(
@@ -73,6 +74,7 @@ class Step:
         repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
         igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
         folding: how the student is computed faster, while it is attacked and while it learns.
+        call: how a network is called, such as through a compiler.
     """
 
     student: nn.Module
@@ -85,6 +87,7 @@ class Step:
     repair: bool = False
     igdm: float | None = None
     folding: Folding | None = None
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
     passes: Passes = field(default_factory=Passes)
 
     def __call__(
@@ -113,13 +116,15 @@ class Step:
         stream: Stream,
         progress: float,
         target: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
         micro_batch: int | None = None,
     ) -> Batch:
         """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move.
 
-        With `micro_batch` no network sees more images at once than that.
+        `known` is what the teachers say of x, where they have been asked before. With `micro_batch` no network sees
+        more images at once than that.
         """
-        given = Batch(x, y, y if target is None else target, None, {}, stream, progress)
+        given = Batch(x, y, y if target is None else target, None, known or {}, stream, progress)
         parts = [self._prepared(part) for part in given.parts(micro_batch)]
         if len(parts) == 1:
             return parts[0]
@@ -184,7 +189,8 @@ class Step:
 
     def _prepared(self, given: Batch) -> Batch:
         x, y, target, stream, progress = given.x, given.y, given.target, given.draws, given.progress
-        teachers = self._of_teachers("nat", x, y, self.needs | attack_needs(self.attack))
+        wanted = self.needs | attack_needs(self.attack)
+        teachers = dict(given.teachers) or self._of_teachers("nat", x, y, wanted)
         x_adv = None
         if self.attack is not None:
             x_adv = self._attacked(self.attack, Batch(x, y, target, None, teachers, stream, progress))
@@ -282,7 +288,7 @@ class Step:
         # made without gradients would silently serve a pass that needs them.
         with self.precision():
             if features not in wanted:
-                return {logits: _at_least_float32(network(x))}
+                return {logits: _at_least_float32(self.call(network, x))}
             with last_linear_input(network) as captured:
                 output = network(x)
             return {logits: _at_least_float32(output), features: _at_least_float32(captured[-1])}

@@ -140,7 +140,8 @@ class CRDND(Objective):
 
     def observe(self, v: Views) -> None:
         """Count the teacher's right answers on this batch, class by class."""
-        classes = F.one_hot(v.y, self.num_classes).to(self.counts)
+        # Not `one_hot`, which looks at its labels.
+        classes = (v.y[:, None] == torch.arange(self.num_classes, device=v.y.device)).to(self.counts)
         for index, view in enumerate((v["t_nat"], v["t_adv"])):
             right = (view.argmax(1) == v.y).to(self.counts)
             self.counts[index, 0] += classes.sum(0)
