@@ -74,12 +74,12 @@ def files(folder: Path) -> dict[str, bytes]:
 OPTIONS = {
     "train": {
         "--recipe", "--set", "--data", "--data-dir", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
-        "--save-every-steps", "--out", "--fresh", "--json",
+        "--precision", "--tf32", "--deterministic", "--compile", "--save-every-steps", "--out", "--fresh", "--json",
     },
     "distill": {
         "--recipe", "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
         "--second-teacher-weights", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
-        "--save-every-steps", "--out", "--fresh", "--json",
+        "--precision", "--tf32", "--deterministic", "--compile", "--save-every-steps", "--out", "--fresh", "--json",
     },
     "check-teacher": {"--weights", "--data", "--data-dir", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
     "evaluate": {
