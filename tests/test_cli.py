@@ -74,12 +74,12 @@ def files(folder: Path) -> dict[str, bytes]:
 OPTIONS = {
     "train": {
         "--recipe", "--set", "--data", "--data-dir", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
-        "--save-every-steps", "--out", "--fresh", "--json",
+        "--precision", "--tf32", "--deterministic", "--compile", "--save-every-steps", "--out", "--fresh", "--json",
     },
     "distill": {
         "--recipe", "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
         "--second-teacher-weights", "--model", "--objective", "--eps", "--norm", "--epochs", "--seed",
-        "--save-every-steps", "--out", "--fresh", "--json",
+        "--precision", "--tf32", "--deterministic", "--compile", "--save-every-steps", "--out", "--fresh", "--json",
     },
     "check-teacher": {"--weights", "--data", "--data-dir", "--input", "--eps", "--norm", "--preset", "--n", "--json"},
     "evaluate": {
@@ -96,6 +96,9 @@ OPTIONS = {
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
     "recipes": {"--json"},
+    "runs": {"--json"},
+    "status": {"--json"},
+    "watch": set(),
     "estimate": {
         "--set", "--data", "--data-dir", "--teacher", "--teacher-weights", "--second-teacher",
         "--second-teacher-weights", "--teacher-model", "--model", "--objective", "--eps", "--norm", "--epochs",
@@ -343,6 +346,16 @@ def test_an_option_wins_over_set(crdnd, tmp_path):
     assert shown.status == 0
     assert settings_of(tmp_path / "o")["epochs"] == 1
     assert not (tmp_path / "no").exists()
+
+
+def test_precision_and_its_company_are_options_of_a_run(crdnd, tmp_path):
+    options = ("--precision", "bf16", "--deterministic", "--tf32", "--out", "o")
+    assert crdnd("train", "--objective", "natural", *TINY, *LINF, *options).status == 0
+    found = settings_of(tmp_path / "o")
+    assert (found["precision"], found["deterministic"], found["tf32"]) == ("bf16", True, True)
+    refused = crdnd("train", "--objective", "natural", *TINY, *LINF, "--precision", "half", "--compile", "--out", "p")
+    assert refused.status == 2
+    assert "precision" in refused.err
 
 
 # Evaluation

@@ -21,6 +21,7 @@ from crdnd import ImageData, Interrupted, Run, Splits, ThreatModel, create_model
 from crdnd.cli import main
 from crdnd.engine import Progress, loop
 from crdnd.engine.checkpoint import read_checkpoint
+from crdnd.random import Stream
 from support import CLASSES, SHAPE, TinyNet, images
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="this system cannot kill a process as SIGKILL does")
@@ -88,7 +89,7 @@ def outcome(out: Path) -> dict[str, Any]:
     return {
         "model": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "last": hashlib.sha256((out / "last" / "model.safetensors").read_bytes()).hexdigest(),
-        "history": [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history],
+        "history": [{key: value for key, value in epoch.items() if "seconds" not in key} for epoch in history],
     }
 
 
@@ -201,6 +202,38 @@ def test_killed_again_and_again_a_run_still_ends_in_the_same_bits(method, alone,
         assert kills < 20
     assert kills >= 3
     assert same(out, alone[method])
+
+
+def go_when_told(method: str, out: Path, began: Any) -> None:
+    began.set()
+    go(method, out, save_every_steps=1)
+
+
+def test_killed_at_random_moments_a_run_goes_on_to_the_same_bits(alone, tmp_path):
+    """Five of the hundred kills of `benchmarks/kills.py`."""
+
+    def started(out: Path) -> tuple[Any, float]:
+        began = PROCESSES.Event()
+        process = PROCESSES.Process(target=_alone, args=(go_when_told, ("crdnd", out, began)))
+        process.start()
+        began.wait()
+        return process, time.monotonic()
+
+    process, begin = started(tmp_path / "whole")
+    process.join()
+    length, kills = time.monotonic() - begin, 0
+    for number, part in enumerate(Stream.of("kills", ids=torch.arange(20)).uniform((1,)).flatten().tolist()):
+        out = tmp_path / str(number)
+        process, begin = started(out)
+        process.join(part * length)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        go("crdnd", out)
+        assert same(out, alone["crdnd"]), f"killed after {part:.3f} of the run"
+        if kills == 5:
+            break
+    assert kills == 5
 
 
 def test_nothing_of_a_torn_write_is_left_when_the_run_is_done(alone, tmp_path):

@@ -5,6 +5,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from filelock import FileLock, Timeout
 from crdnd.errors import InputError, RunError
 
 LOCK = ".lock"
+_ZEROS = bytes(1 << 20)
+SECONDS_OF_A_LOOK = 0.2
+"""`is_held` holds a lock for a moment; whoever wants it tries for longer than that."""
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -50,6 +55,32 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """See that there is room for so many bytes in a folder: they are written and removed.
+
+    Raises:
+        RunError: the disk, or what this user may use of it, is too small; the message says what it is for.
+        InputError: the folder cannot be written.
+    """
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        with probe.open("wb") as file:
+            for start in range(0, size, len(_ZEROS)):
+                file.write(_ZEROS[: size - start])
+    except OSError as error:
+        failed = cannot_write(probe, error)
+        if isinstance(failed, InputError):
+            raise failed from error
+        free = shutil.disk_usage(folder).free
+        raise RunError(
+            f"{folder}: {what} need {size / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free; free space or choose "
+            "another --out."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -118,7 +149,7 @@ def exclusive(folder: Path) -> Generator[None]:
     """
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=SECONDS_OF_A_LOOK, poll_interval=0.02)
     except Timeout:
         raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out.") from None
     except OSError as error:
@@ -127,6 +158,34 @@ def exclusive(folder: Path) -> Generator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run's folder; nothing in it changes by asking, and nobody is kept from it."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            return not _can_lock(file.fileno())
+    except OSError:
+        return False
+
+
+def _can_lock(handle: int) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several may look at once; closing lets go
+    except BlockingIOError:
+        return False
+    return True
 
 
 def cannot_write(path: Path, error: OSError) -> RunError | InputError:

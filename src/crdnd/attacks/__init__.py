@@ -5,7 +5,7 @@ from crdnd.attacks._frozen import PROBE, Folding, answers, frozen
 from crdnd.attacks._load import attack_names, load_attack
 from crdnd.attacks._pgd import TableAttack, pgd
 from crdnd.attacks._sequence import Sequence
-from crdnd.attacks._verdicts import adversarial, attack_stream, true_float32, verdicts
+from crdnd.attacks._verdicts import adversarial, attack_stream, float32, true_float32, verdicts
 
 __all__ = [
     "PROBE",
@@ -20,6 +20,7 @@ __all__ = [
     "answers",
     "attack_names",
     "attack_stream",
+    "float32",
     "frozen",
     "input_gradient",
     "load_attack",

@@ -1,5 +1,6 @@
 """The same function, computed faster: what a model is while it is only attacked and not trained."""
 
+import itertools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from crdnd.attacks._base import Classifier, input_gradient
 from crdnd.attacks._matrices import LARGEST_MATRIX, Chain, PixelMatrix, find_chain
+from crdnd.attacks._tiles import FEW_WEIGHTS, fits, tiled, tiles_pay, transformed
 from crdnd.models import evaluating
 
 AGREEMENT = 1e-5
@@ -38,15 +40,21 @@ class _Call:
     """What reads its output, and nothing else does."""
     pixels: PixelMatrix | None
     """How it is one product with a matrix, where that beats a convolution: its call costs more than its sums."""
+    tiles: bool
+    """Whether it is computed in tiles, which saves multiplications."""
 
 
 @contextmanager
-def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
+def frozen(
+    model: nn.Module, probe: Tensor, *, fold: bool = True, channels_last: bool | None = None
+) -> Generator[Classifier]:
     """Eval mode, no parameter gradients, and convolutions computed the fast way while the weights stand still.
 
     Args:
         model: images -> logits.
         probe: some natural images (B, C, H, W).
+        fold: as for `Folding`.
+        channels_last: as for `Folding`.
 
     Yields:
         The logits of the model as it is, without gradients, to judge what was found.
@@ -56,7 +64,8 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
         try:
             for parameter in required:
                 parameter.requires_grad_(False)
-            with Folding(model, probe.detach()).applied() as switch:
+            folding = Folding(model, probe.detach(), fold=fold, channels_last=channels_last)
+            with folding.applied() as switch:
 
                 def plain(x: Tensor) -> Tensor:
                     switch.on = False
@@ -75,34 +84,42 @@ def frozen(model: nn.Module, probe: Tensor) -> Generator[Classifier]:
 class Folding:
     """A way to compute a model in eval mode faster.
 
-    Batch norm goes into the convolution before it, channels last, and a convolution of few pixels becomes one product
-    with a matrix. Nothing is copied and nobody else's `forward` is replaced but that of plain convolutions and batch
-    norms, for as long as it is applied; hooks and counters of the user's see every pass. Where the result on the probe
-    is not the same up to rounding, or the model is random, it does nothing.
+    Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product
+    with a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is
+    replaced but that of plain convolutions and batch norms, for as long as it is applied; hooks and counters of the
+    user's see every pass. Where the result on the probe is not the same up to rounding, or the model is random, it
+    does nothing.
 
     Args:
         model: images -> logits, in eval mode.
         probe: some natural images (B, C, H, W).
+        fold: whether more than the layout changes.
+        channels_last: whether the layout changes; None where that pays in float32.
     """
 
-    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, probe: Tensor, *, fold: bool = True, channels_last: bool | None = None
+    ) -> None:
         self._model = model
         self._calls: dict[nn.Conv2d, _Call | None] = {}
         self._layout = torch.contiguous_format
         self._chain: Chain | None = None
         convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m)]
-        if not convolutions:
+        # Channels last pays where there are channels to put last: grey images are 20% slower with it. On a GPU it is
+        # made for TF32 and half precision, which no evaluation computes in.
+        last = channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu")
+        if not convolutions or not (fold or last):
             return
         seen, calls = _trace(model, probe)
-        # Channels last pays where there are channels to put last: grey images are 20% slower with it. On a GPU it is
-        # made for TF32 and half precision, which no attack computes in.
-        layouts = [torch.contiguous_format]
-        if probe.shape[1] > 1 and probe.device.type == "cpu":
-            layouts.insert(0, torch.channels_last)
+        layouts = [torch.channels_last, torch.contiguous_format] if last else [torch.contiguous_format]
+        if not fold:
+            calls = {c: _Call(None, None, tiles=False) for c in calls}
         small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
         self._chain = find_chain(model, small, probe.shape[1:])
-        for layout in layouts:
-            self._calls, self._layout = {c: calls.get(c) for c in convolutions}, layout
+        plain = {c: replace(call, tiles=False) for c, call in calls.items()}
+        ways = [calls, plain] if calls != plain else [plain]
+        for way, layout in itertools.product(ways, layouts):
+            self._calls, self._layout = {c: way.get(c) for c in convolutions}, layout
             try:
                 with self.applied():
                     if all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True)):
@@ -110,6 +127,19 @@ class Folding:
             except RuntimeError:
                 pass  # as a `view` of what lies in another layout than its author thought
         self._calls, self._chain = {}, None
+
+    def __str__(self) -> str:
+        """What is computed another way, such as '20 batch norms folded, 7 convolutions in tiles'."""
+        calls = [call for call in self._calls.values() if call is not None]
+        counts = {
+            "batch norms folded": sum(call.norm is not None for call in calls),
+            "convolutions as products": sum(call.pixels is not None for call in calls),
+            "convolutions in tiles": sum(call.tiles for call in calls),
+            "convolutions with channels last": sum(
+                _layout(c, self._layout) is torch.channels_last for c in self._calls
+            ),
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     @contextmanager
     def applied(self, *, norms: bool = True) -> Generator[_Switch]:
@@ -136,12 +166,18 @@ class Folding:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Compute small convolutions as products while the weights learn, in any mode."""
+        """Compute convolutions as products, in tiles or in their layout while the weights learn, in any mode."""
         patched = list[nn.Module]()
         try:
             for convolution, call in self._calls.items():
                 if call is not None and call.pixels is not None:
                     convolution.forward = MethodType(_learning(call.pixels), convolution)
+                    patched.append(convolution)
+                elif call is not None and call.tiles and _few(convolution):
+                    convolution.forward = MethodType(_learning_in_tiles(convolution, self._layout), convolution)
+                    patched.append(convolution)
+                elif self._layout is torch.channels_last:
+                    convolution.forward = MethodType(_laid_out(_layout(convolution, self._layout)), convolution)
                     patched.append(convolution)
             yield
         finally:
@@ -177,7 +213,8 @@ def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict
             norm = readers.get(convolution)
             if norm is not None and (times[norm] > 1 or norm.running_mean is None or "forward" in vars(norm)):
                 norm = None
-            calls[convolution] = _Call(norm, _pixels(convolution, inputs, maps))
+            pixels = _pixels(convolution, inputs, maps)
+            calls[convolution] = _Call(norm, pixels, pixels is None and tiles_pay(convolution, inputs))
     return seen, calls
 
 
@@ -192,29 +229,43 @@ def _fast(
     convolution: nn.Conv2d, call: _Call | None, layout: torch.memory_format, switch: _Switch
 ) -> Callable[[nn.Conv2d, Tensor], Tensor]:
     """The convolution with fixed weights, the norm's included; as one matrix product where that is faster."""
-    pixels = call.pixels if call else None
-    if convolution.weight.numel() > LARGEST_LAST:
-        layout = torch.contiguous_format
+    pixels, tiles = (call.pixels, call.tiles) if call else (None, False)
+    layout = _layout(convolution, layout)
 
     # Not before they are asked for: where the model is a chain of products, they never are.
     @cache
-    def folded() -> tuple[Tensor, Tensor | None]:
+    def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             weight, bias = _folded(convolution, call.norm if call else None)
-            return weight.contiguous(memory_format=layout), bias
+            return weight.contiguous(memory_format=layout).to(dtype), None if bias is None else bias.to(dtype)
 
     @cache
     def product() -> tuple[Tensor, Tensor | None]:
         assert pixels is not None  # noqa: S101
-        weight, bias = folded()
+        weight, bias = folded(convolution.weight.dtype)
         return pixels(weight).T, None if bias is None else pixels.spread(bias)
+
+    @cache
+    def in_tiles() -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            weight, bias = _folded(convolution, call.norm if call else None)
+            return weight if _few(convolution) else transformed(weight), bias
+
+    def cast(x: Tensor) -> torch.dtype:
+        """The weights' type in this pass: an autocast would cast them again in every one."""
+        dtype, kind = convolution.weight.dtype, x.device.type
+        autocast = dtype is torch.float32 and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast else dtype
 
     def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
         if not switch.on:
             return nn.Conv2d.forward(self, x)
         if pixels is not None and x.shape[1:] == pixels.inputs:
             return F.linear(x.flatten(1), *product()).unflatten(1, pixels.outputs)
-        return self._conv_forward(x.contiguous(memory_format=layout), *folded())  # pyright: ignore[reportPrivateUsage]
+        if tiles and fits(x.shape) and not torch.is_autocast_enabled(x.device.type):
+            return tiled(x, *in_tiles())
+        maps = x.contiguous(memory_format=layout)
+        return self._conv_forward(maps, *folded(cast(x)))  # pyright: ignore[reportPrivateUsage]
 
     return convolve
 
@@ -229,6 +280,38 @@ def _learning(pixels: PixelMatrix) -> Callable[[nn.Conv2d, Tensor], Tensor]:
         return F.linear(x.flatten(1), pixels(self.weight).T, bias).unflatten(1, pixels.outputs)
 
     return convolve
+
+
+def _learning_in_tiles(convolution: nn.Conv2d, layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution in tiles, through which gradients reach its weights."""
+    otherwise = _laid_out(_layout(convolution, layout))
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        if not fits(x.shape) or torch.is_autocast_enabled(x.device.type):
+            return otherwise(self, x)
+        return tiled(x, self.weight, self.bias)
+
+    return convolve
+
+
+def _few(convolution: nn.Conv2d) -> bool:
+    return convolution.in_channels * convolution.out_channels <= FEW_WEIGHTS
+
+
+def _laid_out(layout: torch.memory_format) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    """The convolution with images and weights in one layout, whatever they came in."""
+
+    def convolve(self: nn.Conv2d, x: Tensor) -> Tensor:
+        weight = self.weight.contiguous(memory_format=layout)
+        maps = x.contiguous(memory_format=layout)
+        return self._conv_forward(maps, weight, self.bias)  # pyright: ignore[reportPrivateUsage]
+
+    return convolve
+
+
+def _layout(convolution: nn.Conv2d, layout: torch.memory_format) -> torch.memory_format:
+    on_cpu = convolution.weight.device.type == "cpu"
+    return torch.contiguous_format if on_cpu and convolution.weight.numel() > LARGEST_LAST else layout
 
 
 def _as_products(chain: Chain, switch: _Switch) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Does a model stay right? One verdict for each sample, computed in true float32."""
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,19 +57,25 @@ def verdicts(
 
 
 @contextmanager
-def true_float32() -> Generator[None]:
-    """TF32 off for the body: a verdict is judged in float32 whatever the training precision was."""
+def float32(*, tf32: bool) -> Generator[None]:
+    """TF32 on or off for the body."""
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    flags: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (convolution, "allow_tf32", False)]
+    flags: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", tf32), (convolution, "allow_tf32", tf32)]
     try:
         before = [getattr(owner, name) for owner, name, _ in flags]
     except RuntimeError:  # the caller uses torch's newer flags, and the two kinds do not mix
-        flags = [(matmul, "fp32_precision", "ieee"), (convolution.conv, "fp32_precision", "ieee")]
+        value = "tf32" if tf32 else "ieee"
+        flags = [(matmul, "fp32_precision", value), (convolution.conv, "fp32_precision", value)]
         before = [getattr(owner, name) for owner, name, _ in flags]
     try:
-        for owner, name, off in flags:
-            setattr(owner, name, off)
+        for owner, name, wanted in flags:
+            setattr(owner, name, wanted)
         yield
     finally:
         for (owner, name, _), value in zip(flags, before, strict=True):
             setattr(owner, name, value)
+
+
+def true_float32() -> AbstractContextManager[None]:
+    """TF32 off for the body: a verdict is judged in float32 whatever the training precision was."""
+    return float32(tf32=False)

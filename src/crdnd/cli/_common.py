@@ -14,7 +14,7 @@ import typer
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
-    from crdnd.engine import Listener, Progress
+    from crdnd.engine import Listener, Progress, TimeLeft
     from crdnd.models import ModelCard
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
@@ -129,6 +129,21 @@ def print_json(document: str | dict[str, Any]) -> None:
     print(document if isinstance(document, str) else json.dumps(document, indent=1), flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Such as '8.1 s', '12.5 min' or '31.0 h'."""
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def time_left(left: "TimeLeft | None") -> str:
+    """Such as '31.0 h', or 'over 31.0 h' where something is not measured yet; empty where nothing is."""
+    if left is None:
+        return ""
+    return f"over {duration(left.seconds)}" if left.at_least else duration(left.seconds)
+
+
 @contextmanager
 def showing(name: str) -> Generator["Listener"]:
     """Progress and the run's own messages on standard error while the body runs.
@@ -138,7 +153,7 @@ def showing(name: str) -> Generator["Listener"]:
     """
     from rich.console import Console
     from rich.logging import RichHandler
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     console = Console(file=sys.stderr)
@@ -153,14 +168,15 @@ def showing(name: str) -> Generator["Listener"]:
         MofNCompleteColumn(),
         TextColumn("steps"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     try:
         with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task(name, total=None)
+            task = bar.add_task(name, total=None, left="")
 
             def listen(progress: "Progress") -> None:
-                bar.update(task, completed=progress.step, total=progress.steps)
+                left = f"{time_left(progress.left)} left" if progress.left else ""
+                bar.update(task, completed=progress.step, total=progress.steps, left=left)
 
             yield listen
     finally:

@@ -16,6 +16,7 @@ from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
 from crdnd.cli.lists import list_command
 from crdnd.cli.recipes import recipes_command
+from crdnd.cli.runs import runs_command, status_command, watch_command
 from crdnd.cli.train import distill_command, train_command
 from crdnd.errors import InputError, Interrupted, RunError
 
@@ -32,6 +33,9 @@ app.command("distill")(distill_command)
 app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
+app.command("runs")(runs_command)
+app.command("status")(status_command)
+app.command("watch")(watch_command)
 app.command("recipes")(recipes_command)
 app.command("estimate")(estimate_command)
 app.command("diff")(diff_command)

@@ -90,7 +90,7 @@ def _run(
     from crdnd.cli._jobs import Job, cores_for, run_jobs, showing_jobs
     from crdnd.engine import is_finished
     from crdnd.evaluation import combine, load_results
-    from crdnd.io import atomic_write_text
+    from crdnd.io import atomic_write_text, exclusive, make_folder
     from crdnd.report import findings, results_table
 
     reused = [] if fresh else [name for name in recipes if is_finished(out / name)]
@@ -98,12 +98,15 @@ def _run(
         Job(name, train_and_evaluate, (recipe, attacks, fresh), ("teacher",) if recipe.teacher else ())
         for name, recipe in recipes.items()
     ]
-    with showing_jobs(list(recipes), reused) as display, saved_in(out):
-        threads = cores_for(processes)
-        run_jobs(work, processes=processes, threads=threads, on_step=display.step, on_done=display.done)
-    results = combine([load_results(out / name / EVALUATION) for name in recipes])
-    atomic_write_text(out / RESULTS, results.to_json())
-    _write_report(results, recipes, out)
+    make_folder(out)
+    # Beside the locks of its runs: another demo with --fresh would move a finished teacher away from its students.
+    with exclusive(out):
+        with showing_jobs(list(recipes), reused) as display, saved_in(out):
+            threads = cores_for(processes)
+            run_jobs(work, processes=processes, threads=threads, on_step=display.step, on_done=display.done)
+        results = combine([load_results(out / name / EVALUATION) for name in recipes])
+        atomic_write_text(out / RESULTS, results.to_json())
+        _write_report(results, recipes, out)
     if json:
         print_json(results.to_json().rstrip())
         return

@@ -20,6 +20,7 @@ from crdnd.cli._common import (
     SetOption,
     TeacherOption,
     TeacherWeightsOption,
+    duration,
     given,
     print_json,
     settings_of,
@@ -153,10 +154,10 @@ def _named(text: str) -> dict[str, Any]:
 
 
 def _report(found: "Estimate", *, made_up: bool) -> None:
-    epoch, validation = _time(found.epoch_seconds), _time(found.validation_seconds)
-    print(f"epoch       {epoch}: {found.steps_per_epoch} steps of {_time(found.step_seconds)}")
+    epoch, validation = duration(found.epoch_seconds), duration(found.validation_seconds)
+    print(f"epoch       {epoch}: {found.steps_per_epoch} steps of {duration(found.step_seconds)}")
     print(f"validation  {validation} at most")
-    print(f"run         {_time(found.run_seconds)}: {found.epochs} epochs, {found.validations} validations")
+    print(f"run         {duration(found.run_seconds)}: {found.epochs} epochs, {found.validations} validations")
     if found.peak_memory is not None:
         print(f"memory      {found.peak_memory / 2**30:.2f} GiB at the peak")
     images = " with made-up images" if made_up else ""
@@ -169,11 +170,3 @@ def _report(found: "Estimate", *, made_up: bool) -> None:
             f"A step of {found.batch_size} images takes long here: time and memory are extrapolated from steps of "
             f"{found.measured_batch_size}."
         )
-
-
-def _time(seconds: float) -> str:
-    """Such as '8.1 s', '12.5 min' or '31.0 h'."""
-    for size, unit in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

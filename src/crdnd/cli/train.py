@@ -1,5 +1,7 @@
 """`crdnd train` and `crdnd distill`."""
 
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +34,14 @@ from crdnd.errors import InputError
 if TYPE_CHECKING:
     from crdnd.engine import Run
 
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="Of training: fp32 or bf16.")]
+Tf32Option = Annotated[bool | None, typer.Option("--tf32", help="TF32 in training, on GPUs that have it.")]
+DeterministicOption = Annotated[
+    bool | None, typer.Option("--deterministic", help="On a GPU: the same bits in every run; slower.")
+]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile", help="torch.compile, with CUDA graphs on a GPU; plain where it fails.")
+]
 SaveOption = Annotated[
     int | None, typer.Option("--save-every-steps", help="Save this often; bounds what a kill costs.")
 ]
@@ -48,6 +58,10 @@ def train_command(
     norm: NormOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
+    precision: PrecisionOption = None,
+    tf32: Tf32Option = None,
+    deterministic: DeterministicOption = None,
+    compile_networks: CompileOption = None,
     save_every_steps: SaveOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -63,7 +77,8 @@ def train_command(
     """
     options = given(
         data=data, model__name=model, objective__name=objective, threat__eps=eps, threat__norm=norm, epochs=epochs,
-        seed=seed, save_every_steps=save_every_steps, out=out,
+        seed=seed, precision=precision, tf32=tf32, deterministic=deterministic, levers__compile=compile_networks,
+        save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is not None:
@@ -86,6 +101,10 @@ def distill_command(
     norm: NormOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
+    precision: PrecisionOption = None,
+    tf32: Tf32Option = None,
+    deterministic: DeterministicOption = None,
+    compile_networks: CompileOption = None,
     save_every_steps: SaveOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -110,7 +129,8 @@ def distill_command(
     options = given(
         data=data, teacher=teacher, teacher_weights=teacher_weights, second_teacher=second_teacher,
         second_teacher_weights=second_teacher_weights, model__name=model, objective__name=objective,
-        threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, save_every_steps=save_every_steps, out=out,
+        threat__eps=eps, threat__norm=norm, epochs=epochs, seed=seed, precision=precision, tf32=tf32,
+        deterministic=deterministic, levers__compile=compile_networks, save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is None:
@@ -122,15 +142,22 @@ REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "
 
 
 def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
+    from crdnd.engine.processes import processes
     from crdnd.recipe import make_recipe
 
     for key, option in REQUIRED.items():
         if key not in settings:
             raise InputError(f"{key}: this setting is required; give it with {option} or in a recipe.")
+    if find_spec("tensorboard") is not None:
+        # Not the setting's own default: to import it takes half a second, which every process of a comparison, every
+        # estimate and every short run of a script would pay.
+        settings.setdefault("trackers", ["tensorboard"])
     recipe = make_recipe(settings)
-    with showing(recipe.objective.name) as listener:
+    speaks = processes().is_main_process
+    with showing(recipe.objective.name) if speaks else nullcontext() as listener:
         run = recipe.run(fresh=fresh, listener=listener)
-    _report(run, json=json)
+    if speaks:
+        _report(run, json=json)
 
 
 def _report(run: "Run", *, json: bool) -> None:

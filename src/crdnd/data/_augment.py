@@ -73,7 +73,9 @@ def augment(x: Tensor, y: Tensor, num_classes: int, kind: str, stream: Stream) -
         return in_unit_range(_alone(x, last, stream)), y
     x = in_unit_range(x)
     mixed, share = _MIXED[last](x, stream)
-    own, other = F.one_hot(y, num_classes).to(x.dtype), F.one_hot(y.roll(-1), num_classes).to(x.dtype)
+    # Not `one_hot`, which looks at its labels.
+    own = (y[:, None] == torch.arange(num_classes, device=y.device)).to(x.dtype)
+    other = own.roll(-1, 0)
     return mixed, share[:, None] * own + (1 - share[:, None]) * other
 
 

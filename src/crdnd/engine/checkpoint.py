@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from crdnd.config import Frozen, build
-from crdnd.engine.history import Epoch
+from crdnd.engine.history import Change, Epoch
 from crdnd.errors import InputError
 from crdnd.io import atomic_write_bytes, atomic_write_text, read_json, read_verified, sha256
 from crdnd.models import parse_tensors
@@ -31,12 +31,16 @@ class Checkpoint(Frozen):
     sha256: str = ""
     step: int
     """Optimiser steps done."""
+    steps: int | None = None
+    """Of the whole run; older versions did not say."""
     finished: bool
     seconds: float
     """Of the unfinished epoch so far."""
     history: tuple[Epoch, ...]
     best_epoch: int | None
     """1 for the first; None before the first validation."""
+    changes: tuple[Change, ...] = ()
+    """In the order in which they were made."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:

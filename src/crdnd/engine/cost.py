@@ -20,6 +20,7 @@ from torch import nn
 from crdnd.config import build
 from crdnd.data import ImageData, Splits
 from crdnd.engine.loop import Progress
+from crdnd.engine.pace import run_seconds, validations_left
 from crdnd.engine.run import distill, train
 from crdnd.engine.settings import TrainSettings
 from crdnd.engine.validate import validate
@@ -115,7 +116,7 @@ def estimate(
     step = statistics.median(seconds) * scale
     validation = _validation(student, data, chosen, measured, counts, clock)
     per_epoch = counts.train // batch_size
-    validations = len({*range(chosen.validate_every, chosen.epochs + 1, chosen.validate_every), chosen.epochs})
+    validations = validations_left(0, chosen.epochs, chosen.validate_every)
     memory = _peak_memory()
     if memory is not None:
         if scale > 1 and memory_of_probe is not None:  # what grows with the batch, by the two batches that were seen
@@ -134,7 +135,7 @@ def estimate(
         validation_seconds=validation,
         epochs=chosen.epochs,
         validations=validations,
-        run_seconds=chosen.epochs * step * per_epoch + validations * validation,
+        run_seconds=run_seconds(chosen.epochs * per_epoch, step, validations, validation),
         peak_memory=memory,
     )
 

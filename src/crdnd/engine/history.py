@@ -1,5 +1,7 @@
 """What a run remembers of every epoch; stored in its checkpoint and drawn in the report."""
 
+from typing import Literal
+
 from crdnd.config import Frozen
 from crdnd.counts import Count
 
@@ -9,6 +11,17 @@ class Validation(Frozen):
 
     clean: Count
     robust: Count
+
+
+class Change(Frozen):
+    """What a run changed about itself to go on; kept in its checkpoint and in `run.json`."""
+
+    what: Literal["learning_rate", "micro_batch"]
+    value: float
+    """The highest learning rate, or the images of a micro-batch, from here on."""
+    step: int
+    """Steps done when it went on with it."""
+    why: str
 
 
 class Epoch(Frozen):
@@ -21,6 +34,9 @@ class Epoch(Frozen):
     """The weighted terms that add up to `loss`."""
     learning_rate: float
     seconds: float
+    """Of its steps."""
+    validation_seconds: float = 0.0
+    """Of its validation, averages of weights and statistics included."""
     student_passes: float = 0.0
     """Evaluations of the student for each training image, those of the attack included."""
     teacher_passes: float = 0.0

@@ -2,7 +2,8 @@
 
 Order, augmentation and attack starts are pure functions of (seed, epoch, sample), the learning rate of the step. So
 all that a resume must bring back is: weights, optimiser, averages, the objective's state, the sums of the unfinished
-epoch, and torch's own generator (for modules such as dropout).
+epoch, and torch's own generator (for modules such as dropout). Between two steps all of that is the same in every
+process, but for the sums, which are added up before they are saved; so a run may go on with another number of them.
 """
 
 import copy
@@ -13,33 +14,62 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from crdnd.attacks import PROBE, Folding, frozen
+from crdnd.attacks import PROBE
 from crdnd.data import Splits, augment
 from crdnd.engine.checkpoint import SCHEMA, WAY_OUT, Checkpoint, load_checkpoint, save_checkpoint
-from crdnd.engine.history import Epoch, Validation
-from crdnd.engine.processes import SharedBatch
+from crdnd.engine.generator import random_states, set_random_states
+from crdnd.engine.history import Change, Epoch, Validation
+from crdnd.engine.levers import (
+    Levers,
+    arithmetic,
+    caller,
+    make_optimizer,
+    note_precision,
+    student_folding,
+    teacher_memory,
+    teaching,
+    without_waiting,
+)
+from crdnd.engine.memory import out_of_memory
+from crdnd.engine.pace import Pace, TimeLeft, time_left
+from crdnd.engine.processes import SharedRun
 from crdnd.engine.schedule import learning_rate_factor
-from crdnd.engine.settings import OptimizerSettings, TrainSettings
+from crdnd.engine.settings import TrainSettings
 from crdnd.engine.signals import StopRequest, stop_requests
 from crdnd.engine.step import Batch, Step
 from crdnd.engine.validate import validate
-from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
-from crdnd.errors import DivergenceError, Interrupted, RunError
-from crdnd.models import evaluating, load_tensors, state
-from crdnd.objectives import Objective, TrainingAttack
+from crdnd.engine.weights import (
+    average,
+    keeping_statistics,
+    moving_statistics,
+    perturbable,
+    perturbed,
+    put_back,
+    reestimate_batch_norm,
+    statistics,
+)
+from crdnd.errors import DivergenceError, Interrupted, RunError, first_line
+from crdnd.io import check_room
+from crdnd.models import load_tensors, state
+from crdnd.objectives import LossTerms, Objective, TrainingAttack, Views, attack_needs
 from crdnd.random import Stream, permutation
 
 log = logging.getLogger("crdnd")
 
+Result = TypeVar("Result")
+
 SECONDS_BETWEEN_SAVES = 10.0
+# What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
+GOOD, STEP = "good/", "step/done"
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
 STEPS_BETWEEN_LOOKS = 50
+MOST_RETRIES = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,8 @@ class Progress:
     step: int
     steps: int
     history: tuple[Epoch, ...]
+    left: TimeLeft | None
+    """None before the first steps are measured."""
 
 
 Listener = Callable[[Progress], None]
@@ -65,8 +97,10 @@ class Trainer:
         data: training and validation data.
         settings: the run's settings.
         folder: where the run lives; exists, and is held by this process.
-        accelerator: device, processes and trackers.
+        accelerator: device and trackers.
+        shared: the processes that share the run.
         listener: called after every step.
+        on_change: called with all that the run has changed about itself, once it goes on with it.
     """
 
     def __init__(
@@ -79,23 +113,26 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         accelerator: Accelerator,
+        shared: SharedRun,
         listener: Listener | None = None,
+        on_change: Callable[[tuple[Change, ...]], None] = lambda changes: None,
     ) -> None:
         device = accelerator.device
         self.settings, self.folder, self.accelerator, self.listener = settings, folder, accelerator, listener
+        self.shared, self.on_change = shared, on_change
         self.train_data, self.validation_data = data.train.to(device), data.validation.to(device)
         self.student, self.teachers = student.to(device), teachers
         averages = settings.ema is not None or settings.swa is not None
         self.averaged = copy.deepcopy(self.student).eval() if averages else None
         self.objective = objective.to(device)
-        self.objective.processes = SharedBatch(accelerator)
+        self.objective.processes = shared
         self.trained = [p for module in (self.student, self.objective) for p in module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.trained, settings.optimizer)
+        self.levers = Levers()
+        note_precision(settings, device, self.levers)
+        fused = settings.levers.fused_optimizer
+        self.optimizer = make_optimizer(self.trained, settings.optimizer, device, fused, self.levers)
         first = torch.arange(min(PROBE, len(self.train_data)), device=device)
         self._probe = self.train_data.batch(first)[0]
-        # On the initial weights, so that a run that goes on computes as the one that began.
-        with evaluating(self.student):
-            folding = Folding(self.student, self._probe) if attack is not None else None
         self.step_function = Step(
             self.student,
             teachers[0].to(device) if teachers else None,
@@ -106,12 +143,21 @@ class Trainer:
             teachers[1].to(device) if len(teachers) > 1 else None,
             repair=settings.repair,
             igdm=settings.igdm,
-            folding=folding,
+            # On the initial weights, so that a run that goes on computes as the one that began.
+            folding=student_folding(self.student, self._probe, settings, self.levers) if attack is not None else None,
+            call=caller(settings, device, self.levers),
         )
-        processes = accelerator.num_processes
-        self.batch_size = min(settings.batch_size, len(self.train_data) // processes * processes)
+        self.batch_size = min(settings.batch_size, len(self.train_data) // shared.count * shared.count)
         self.steps_per_epoch = len(self.train_data) // self.batch_size  # an incomplete last batch is left out
         self.total_steps = settings.epochs * self.steps_per_epoch
+        # Nothing of a sharded teacher can be folded or left out: this process has but a part of its weights.
+        self._sharded = shared.count > 1 and settings.shard_teacher
+        share = torch.arange(self.batch_size // shared.count, device=device)
+        needs = self.step_function.needs | attack_needs(attack)
+        self._memory = teacher_memory(
+            teachers, lambda: self.train_data.batch(share)[0], len(self.train_data), needs, settings, self.levers,
+            sharded=self._sharded,
+        )  # fmt: skip
 
         self.step = 0
         self.history: tuple[Epoch, ...] = ()
@@ -119,8 +165,11 @@ class Trainer:
         self.best_epoch: int | None = None
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.changes: tuple[Change, ...] = ()
+        # The state at the end of the epoch before, where a run that turns NaN goes back to.
+        self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
-        self._last_save = 0.0
+        self._last_save, self._unsaved = 0.0, False
 
     def fit(self) -> None:
         """Train to the end, from wherever the folder's checkpoint is.
@@ -133,21 +182,59 @@ class Trainer:
         if not self.student.training:
             self.student.train()
         with ExitStack() as stack:
-            for teacher in self.teachers:
-                stack.enter_context(frozen(teacher, self._probe))
+            stack.enter_context(teaching(self.teachers, self._probe, self.settings, whole=not self._sharded))
+            stack.enter_context(arithmetic(self.settings, self.accelerator.device))
             request = stack.enter_context(stop_requests())
             self._resume()
+            if self.shared.is_main and not self.finished:
+                copies = 1 if self.step else 2  # the one that is replaced goes last
+                check_room(self.folder, copies * self._checkpoint_size(), "the run's checkpoints")
+            pace = Pace(self.folder)
+            pace.forget()
             self._last_save = time.monotonic()
             while self.step < self.total_steps:
-                started = time.monotonic()
-                self._one_step()
-                self.seconds += time.monotonic() - started
-                ends_epoch = self.step % self.steps_per_epoch == 0
-                if ends_epoch:
-                    self._end_epoch()
-                self._save_if_due(ends_epoch, request)
-                if self.listener:
-                    self.listener(Progress(self.step, self.total_steps, self.history))
+                try:
+                    self._advance(pace, request)
+                except DivergenceError as error:
+                    self._retry(error)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise RunError(
+                        f"out of memory at step {self.step + 1} of {self.total_steps}, where no micro-batch helps "
+                        f"({first_line(error)}); what was saved in {self.folder} is kept."
+                    ) from error
+                self._tell(pace)
+            pace.forget()
+
+    def _advance(self, pace: Pace, request: StopRequest) -> None:
+        """One step, and what is due after it."""
+        started = time.monotonic()
+        self._one_step()
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if ends_epoch:
+            self._refuse_nan()  # here a device's queue is waited for, which is a part of the steps' time
+            self._refuse_nan_weights()
+        stepped = time.monotonic()
+        self.seconds += stepped - started
+        if ends_epoch:
+            self._end_epoch()
+        saving = time.monotonic()
+        self._save_if_due(ends_epoch, request)
+        if ends_epoch:
+            self._remember()
+        pace.step(stepped - started + time.monotonic() - saving)
+
+    def _tell(self, pace: Pace) -> None:
+        """Say where the run is: to its listener, and now and then to whoever reads its folder."""
+        settings = self.settings
+        left = time_left(
+            self.step, self.total_steps, settings.epochs, settings.validate_every, self.history, pace.step_seconds
+        )
+        if self.shared.is_main:
+            pace.note(self.step, self.seconds, left)
+        if self.listener:
+            self.listener(Progress(self.step, self.total_steps, self.history, left))
 
     @property
     def finished(self) -> bool:
@@ -166,28 +253,24 @@ class Trainer:
         try:
             x = self.train_data.pixels(ids)
         except RunError:  # a file of streamed data; nothing of this step has happened yet
-            self._save()
+            if self.shared.count == 1:  # the others are in the middle of theirs, and cannot add up what to save
+                self._save()
             raise
         if index + 1 < self.steps_per_epoch:
             self.train_data.expect(self._ids(epoch, index + 1))
-        ids = ids.to(self.accelerator.device)
+        here, ids = ids, without_waiting(ids, self.accelerator.device)
         y = self.train_data.y[ids]
         kind = self.settings.augmentation_at(epoch / self.settings.epochs)
         draws = Stream.of("augment", self.settings.seed_for("augment"), epoch, ids=ids)
         x, target = augment(x, y, self.objective.num_classes, kind, draws)
 
-        passes = self.step_function.passes
-        passes.student = passes.teacher = 0
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
-        batch = self.step_function.prepare(x, y, stream, progress, target)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.learning_rate * learning_rate_factor(self.settings.schedule, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._worst_weights(batch):
-            terms, views = self.step_function.terms(batch)
-            loss = terms.total
-            self.accelerator.backward(loss)
-        self._share_gradients()
+            group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
+        terms, views = self._within_memory(lambda: self._gradients(x, y, here, stream, progress, target), save=True)
+        loss, passes = terms.total, self.step_function.passes
+        if self.shared.count > 1:
+            self._share()
         if self.settings.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_grad_norm)
         self.optimizer.step()
@@ -197,9 +280,61 @@ class Trainer:
             average(self.averaged, self.student, 1 - self.settings.ema)
         values = {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.terms.items()}}
         for name, count in (("student", passes.student), ("teacher", passes.teacher)):
-            values[f"passes.{name}"] = torch.tensor(count / len(x), dtype=torch.float64, device=loss.device)
+            values[f"passes.{name}"] = torch.full((), count / len(x), dtype=torch.float64, device=loss.device)
         self._note(values)
         self.step += 1
+
+    def _gradients(
+        self, x: Tensor, y: Tensor, ids: Tensor, stream: Stream, progress: float, target: Tensor
+    ) -> tuple[LossTerms, Views]:
+        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
+        passes = self.step_function.passes
+        passes.student = passes.teacher = 0
+        # Micro-batches differ in size, and what a teacher says of an image may differ with it in the last bits.
+        memory = self._memory if self.micro_batch is None else None
+        known = memory.recall(ids) if memory is not None else None
+        batch = self.step_function.prepare(x, y, stream, progress, target, known, self.micro_batch)
+        if memory is not None and known is None:
+            memory.keep(ids, batch.teachers)
+        with self._worst_weights(batch):
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.step_function.backward(batch, self.micro_batch)
+
+    def _within_memory(self, work: Callable[[], Result], *, save: bool) -> Result:
+        """Do what may need more memory than there is; if it does, do it again with smaller micro-batches."""
+        while True:
+            before = statistics(self.student)
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                why = first_line(error)
+            # Here and not above, where the error still holds the tensors of the step.
+            put_back(self.student, before)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve(why, save=save)
+
+    def _halve(self, why: str, *, save: bool) -> None:
+        """Take half the micro-batch from here on, or say that nothing helps."""
+        now = min(self.micro_batch or self.batch_size, self.batch_size // self.shared.count)
+        fitting = now // 2
+        if fitting < 2:
+            raise RunError(f"out of memory with {now} images at once ({why}); take a smaller model or smaller images.")
+        if self.shared.count > 1:  # the others wait in the middle of this step
+            raise RunError(
+                f"out of memory with {now} images at once in a process ({why}); set micro_batch={fitting}, or "
+                f"batch_size={fitting * self.shared.count}, and start over with --fresh."
+            )
+        self._change(Change(what="micro_batch", value=fitting, step=self.step, why=f"out of memory: {why}"), save=save)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """How many images the networks see at once; None for the whole batch."""
+        found = [int(change.value) for change in self.changes if change.what == "micro_batch"]
+        return found[-1] if found else self.settings.micro_batch
 
     def _worst_weights(self, batch: Batch) -> AbstractContextManager[None]:
         """The weights at which the loss is taken: as they are, or moved to where it is larger (AWP)."""
@@ -207,16 +342,16 @@ class Trainer:
         if awp is None or batch.progress < awp.warmup:
             return nullcontext()
         weights = perturbable(self.student)
+        self.optimizer.zero_grad(set_to_none=True)
         with keeping_statistics(self.student):
-            loss = self.step_function.terms(batch)[0].total
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        gradients = [cast("Tensor", self.accelerator.reduce(gradient, "mean")) for gradient in gradients]
-        return perturbed(weights, gradients, awp.gamma)
+            self.step_function.backward(batch, self.micro_batch)
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        return perturbed(weights, self.shared.means(gradients), awp.gamma)
 
     def _ids(self, epoch: int, index: int) -> Tensor:
         """This process's share of a batch, int64 on the CPU; draws are keyed by sample and do not depend on it."""
         ids = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        return ids[self.accelerator.process_index :: self.accelerator.num_processes]
+        return ids[self.shared.index :: self.shared.count]
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's order of the samples, int64 (N,); worked out once an epoch."""
@@ -224,12 +359,18 @@ class Trainer:
             self._order_of = epoch, permutation(len(self.train_data), "order", self.settings.seed_for("order"), epoch)
         return self._order_of[1]
 
-    def _share_gradients(self) -> None:
-        """Average the gradients over the processes; with equal shares that is the gradient of the joined batch."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.trained:
-                if parameter.grad is not None:
-                    parameter.grad = cast("Tensor", self.accelerator.reduce(parameter.grad, "mean"))
+    def _share(self) -> None:
+        """Average gradients and batch-norm statistics over the processes; they stay the same network everywhere.
+
+        With equal shares that is the gradient of the joined batch, but for what batch norm does to a share.
+        """
+        learned = [parameter for parameter in self.trained if parameter.grad is not None]
+        moved = moving_statistics(self.student)
+        means = self.shared.means([*(cast("Tensor", parameter.grad) for parameter in learned), *moved])
+        for parameter, gradient in zip(learned, means[: len(learned)], strict=True):
+            parameter.grad = gradient
+        for own, joined in zip(moved, means[len(learned) :], strict=True):
+            own.copy_(joined)
 
     def _note(self, values: dict[str, Tensor]) -> None:
         """Add to the epoch's sums, on the device; look at them only as often as looking is free or due."""
@@ -243,16 +384,15 @@ class Trainer:
         if "loss" in self.sums and not math.isfinite(self.sums["loss"].item()):
             raise DivergenceError(
                 f"the loss is not finite at step {self.step + 1} of {self.total_steps}; the last good checkpoint in "
-                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) "
+                f"{self.folder} is kept. Lower optimizer.learning_rate (now {self._highest_rate:g}) "
                 "or set clip_grad_norm, and start over with --fresh."
             )
 
     def _end_epoch(self) -> None:
-        self._refuse_nan()
         epoch = self.step // self.steps_per_epoch
-        sums = {name: cast("Tensor", self.accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
-        means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}
+        means = {name: value.item() / self.steps_per_epoch for name, value in self._joined_sums().items()}
         self._average_epoch(epoch)
+        started = time.monotonic()
         due = epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
         validation = self._validate(epoch) if due else None
         entry = Epoch(
@@ -261,17 +401,27 @@ class Trainer:
             terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=round(self.seconds, 3),
+            validation_seconds=round(time.monotonic() - started, 3) if validation else 0.0,
             student_passes=means.get("passes.student", 0.0),
             teacher_passes=means.get("passes.teacher", 0.0),
             validation=validation,
         )
         self.history += (entry,)
         self.sums, self.seconds = {}, 0.0
-        for name in self.objective.summed if self.accelerator.num_processes > 1 else ():
-            counted = self.objective.get_buffer(name)
-            counted.copy_(cast("Tensor", self.accelerator.reduce(counted, "sum")))
+        for name, total in self._joined_counts().items():
+            self.objective.get_buffer(name).copy_(total)
         self.objective.end_epoch()
         self._report(entry)
+
+    def _joined_sums(self) -> dict[str, Tensor]:
+        """The epoch's sums so far, of the joined batches."""
+        names = sorted(self.sums)  # a file gives them back in an order of its own, in every process another
+        return dict(zip(names, self.shared.means([self.sums[name] for name in names]), strict=True))
+
+    def _joined_counts(self) -> dict[str, Tensor]:
+        """The objective's sums over samples so far, of all processes."""
+        names = self.objective.summed
+        return dict(zip(names, self.shared.sums([self.objective.get_buffer(name) for name in names]), strict=True))
 
     def _average_epoch(self, epoch: int) -> None:
         """Take the weights at the end of an epoch into their average (SWA); before its start they are the average."""
@@ -282,7 +432,15 @@ class Trainer:
     def _validate(self, epoch: int) -> Validation:
         if self.averaged is not None:
             reestimate_batch_norm(self.averaged, self.train_data, self.batch_size)
-        validation = validate(self.result, self.validation_data, self.settings.threat, self.settings.batch_size)
+        validation = self._within_memory(
+            lambda: validate(
+                self.result,
+                self.validation_data,
+                self.settings.threat,
+                self.micro_batch or self.settings.batch_size,
+            ),
+            save=False,  # what this epoch found does not yet stand where a checkpoint looks for it
+        )
         if self.best_epoch is None or self._rank(validation) > self._rank(self._best_validation()):
             self.best_epoch = epoch
             self.best = {key: value.detach().clone() for key, value in state(self.result).items()}
@@ -307,7 +465,15 @@ class Trainer:
         found = entry.validation
         text = f", validation clean {found.clean.percent:.1f} robust {found.robust.percent:.1f}" if found else ""
         log.info("epoch %d/%d: loss %.4f%s", entry.epoch, self.settings.epochs, entry.loss, text)
-        values = {"loss": entry.loss, "learning_rate": entry.learning_rate, **entry.terms}
+        images = self.steps_per_epoch * self.batch_size
+        values = {
+            "loss": entry.loss,
+            **{f"terms/{name}": mean for name, mean in entry.terms.items()},
+            "learning_rate": entry.learning_rate,
+            "images_per_second": images / max(entry.seconds, 1e-3),
+            "passes/student": entry.student_passes,
+            "passes/teacher": entry.teacher_passes,
+        }
         if found:
             values |= {"validation/clean": found.clean.percent, "validation/robust": found.robust.percent}
         self.accelerator.log(values, step=self.step)
@@ -315,12 +481,14 @@ class Trainer:
     def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
         every = self.settings.save_every_steps
         late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
+        # A signal reaches one process, and clocks differ: all save or none.
+        stop, late = self.shared.agree(request.exit_code, main=late)
         due = self.step % every == 0 if every else ends_epoch and late
-        saved = due or self.finished or request.exit_code is not None
-        if saved:
+        if due or self._unsaved or self.finished or stop is not None:
             self._save()
-        # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
-        stop = request.exit_code if saved else None
+            # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
+            # And nobody ends before the main process has written it: launchers then end all the others.
+            stop, _ = self.shared.agree(request.exit_code)
         if stop is not None and not self.finished:
             raise Interrupted(
                 f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
@@ -330,31 +498,85 @@ class Trainer:
 
     def _save(self) -> None:
         self._refuse_nan()
+        self._refuse_nan_weights()
+        tensors = self._tensors()
+        if self.shared.is_main:
+            checkpoint = Checkpoint(
+                schema=SCHEMA,
+                step=self.step,
+                steps=self.total_steps,
+                finished=self.finished,
+                seconds=self.seconds,
+                history=self.history,
+                best_epoch=self.best_epoch,
+                changes=self.changes,
+            )
+            inside = self.step % self.steps_per_epoch > 0  # else it is what a run that goes on remembers anyway
+            good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
+            save_checkpoint(self.folder, checkpoint, tensors | good)
+        self._last_save, self._unsaved = time.monotonic(), False
+
+    def _refuse_nan_weights(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):
             raise DivergenceError(
                 f"the weights are not finite after step {self.step}; the last good checkpoint in {self.folder} is "
                 "kept. Lower optimizer.learning_rate or set clip_grad_norm, and start over with --fresh."
             )
-        if self.accelerator.is_main_process:
-            checkpoint = Checkpoint(
-                schema=SCHEMA,
-                step=self.step,
-                finished=self.finished,
-                seconds=self.seconds,
-                history=self.history,
-                best_epoch=self.best_epoch,
-            )
-            save_checkpoint(self.folder, checkpoint, self._tensors())
-        self._last_save = time.monotonic()
+
+    def _checkpoint_size(self) -> int:
+        """Bytes of a checkpoint with all that will be in it: weights, averages, the best ones, the optimiser's."""
+        optimizer = self.settings.optimizer
+        moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+        networks = [self.student, self.result, self.objective, *([self.averaged] if self.averaged is not None else [])]
+        size = sum(tensor.nbytes for network in networks for tensor in state(network).values())
+        size += moments * sum(parameter.nbytes for parameter in self.trained)
+        return size * (2 if self.settings.on_nan == "retry" else 1)
+
+    @property
+    def _retries(self) -> int:
+        """How often the learning rate was halved."""
+        return sum(change.what == "learning_rate" for change in self.changes)
+
+    @property
+    def _highest_rate(self) -> float:
+        return self.settings.optimizer.learning_rate * 0.5**self._retries
+
+    def _remember(self) -> None:
+        """Keep the state at the end of an epoch.
+
+        Always that one and not the last checkpoint, whose moment depends on the clock and on signals: a run that was
+        stopped and one that was not go back to the same state.
+        """
+        if self.settings.on_nan == "retry":
+            self._good = {key: value.detach().cpu().clone() for key, value in self._tensors().items()}
+            self._good[STEP] = torch.tensor(self.step)
+
+    def _retry(self, error: DivergenceError) -> None:
+        """Go back to the end of the epoch before with half the learning rate, or give up."""
+        if self.settings.on_nan != "retry" or self._retries == MOST_RETRIES:
+            raise DivergenceError(f"{error} It went back {self._retries} times already.") if self._retries else error
+        self.step, self.seconds = int(self._good[STEP]), 0.0
+        self._restore({key: value.clone() for key, value in self._good.items()}, "the end of the epoch before")
+        why = str(error).partition(";")[0]
+        self._change(Change(what="learning_rate", value=self._highest_rate / 2, step=self.step, why=why), save=True)
+
+    def _change(self, change: Change, *, save: bool) -> None:
+        """Take note of a change, say it, and save it, so that a run that goes on keeps it; if not now, then soon."""
+        self.changes += (change,)
+        log.warning("%s; going on from step %d with %s %g", change.why, change.step, change.what, change.value)
+        if save:
+            self._save()
+        self._unsaved = not save
+        self.on_change(self.changes)
 
     def _tensors(self) -> dict[str, Tensor]:
         parts: dict[str, dict[str, Tensor]] = {
             "student": state(self.student),
             "averaged": state(self.averaged) if self.averaged is not None else {},
-            "objective": state(self.objective),
+            "objective": state(self.objective) | self._joined_counts(),
             "best": self.best,
-            "sums": self.sums,
-            "random": _random_states(),
+            "sums": self._joined_sums(),
+            "random": random_states(self.accelerator.device),
         }
         for index, values in self.optimizer.state_dict()["state"].items():
             parts[f"optimizer.{index}"] = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -363,8 +585,24 @@ class Trainer:
     def _resume(self) -> None:
         found = load_checkpoint(self.folder)
         if found is None:
+            self._remember()
             return
         checkpoint, tensors = found
+        self._good = {key.removeprefix(GOOD): value for key, value in tensors.items() if key.startswith(GOOD)}
+        now = {key: value for key, value in tensors.items() if not key.startswith(GOOD)}
+        self._restore(now, str(self.folder / checkpoint.file))
+        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
+        self.seconds = checkpoint.seconds
+        self.changes = checkpoint.changes
+        if not self._good:
+            self._remember()
+        if self.changes:
+            self.on_change(self.changes)  # a kill may have come between the checkpoint and this
+        if not self.finished:
+            log.info("going on from step %d of %d", self.step, self.total_steps)
+
+    def _restore(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Bring back weights, optimiser, averages, the method's state, sums and torch's generator."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, key = name.partition("/")
@@ -372,7 +610,7 @@ class Trainer:
         loaded = {"student": self.student, "averaged": self.averaged, "objective": self.objective}
         for part, module in loaded.items():
             if module is not None:
-                load_tensors(module, parts.get(part, {}), str(self.folder / checkpoint.file), WAY_OUT)
+                load_tensors(module, parts.get(part, {}), where, WAY_OUT)
         device = self.accelerator.device
         self.best = {key: value.to(device) for key, value in parts.get("best", {}).items()}
         self.sums = {key: value.to(device) for key, value in parts.get("sums", {}).items()}
@@ -383,40 +621,11 @@ class Trainer:
             if part.startswith("optimizer.")
         }
         self.optimizer.load_state_dict(optimizer)
-        _set_random_states(parts.get("random", {}))
-        self.step, self.history, self.best_epoch = checkpoint.step, checkpoint.history, checkpoint.best_epoch
-        self.seconds = checkpoint.seconds
-        if not self.finished:
-            log.info("going on from step %d of %d", self.step, self.total_steps)
+        set_random_states(parts.get("random", {}), device)
+        for name in self.objective.summed if not self.shared.is_main else ():  # the main process has all of them
+            self.objective.get_buffer(name).zero_()
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
-
-
-def _optimizer(trained: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    if settings.name == "adamw":
-        return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        trained,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_random_states(states: dict[str, Tensor]) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    cuda = [states[key] for key in sorted(states) if key.startswith("cuda")]
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)

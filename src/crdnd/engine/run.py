@@ -21,12 +21,14 @@ from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
 from crdnd.engine.checks import check_networks, check_splits
-from crdnd.engine.history import Epoch
+from crdnd.engine.history import Change, Epoch
+from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
+from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
-from crdnd.errors import InputError
+from crdnd.errors import DivergenceError, InputError, Interrupted, RunError
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
     Adapted,
@@ -44,7 +46,9 @@ from crdnd.objectives import Objective, Sizes, TrainingAttack, load_objective, n
 
 log = logging.getLogger("crdnd")
 
-RUN, SCHEMA = "run.json", "crdnd.run/1"
+RUN, LOG, SCHEMA = "run.json", "run.log", "crdnd.run/1"
+DIVERGED = " ERROR diverged: "
+"""In the last line of the log of a run whose loss or weights are not finite any more."""
 VALIDATION_PART = 0.15
 
 DataSource = str | Splits | ImageData | tuple[torch.Tensor, torch.Tensor] | MapDataset
@@ -229,36 +233,50 @@ def _run(
         "second_teacher": sha256s[1][:16] if len(sha256s) > 1 else None,
         "model": _describe(student),
     }
-    accelerator = _accelerator(settings, out)
+    shared = SharedRun(processes())
+    accelerator = _accelerator(settings, out, shared.count)
+    if settings.shard_teacher and shared.count > 1:
+        teachers = tuple(sharded(teacher, accelerator.device) for teacher in teachers)
+    if settings.sync_batch_norm:
+        student = _synchronised(student, accelerator.device)
     # Before anything is written or moved; a run that goes on has it in its file.
-    known = (out / RUN).exists() and not fresh
+    _, known = shared.agree(main=(out / RUN).exists() and not fresh)
     checks = [] if known else _check_teachers(teachers, splits.validation.to(accelerator.device), settings)
     make_folder(out)
     # Of several processes the main one holds the folder; the others wait until it is open.
-    with exclusive(out) if accelerator.is_main_process else nullcontext():
+    with exclusive(out) if shared.is_main else nullcontext():
+
+        def changed(changes: Sequence[Change]) -> None:
+            if shared.is_main:
+                _record(out, changes=[change.model_dump(mode="json") for change in changes])
+
+        trainer = Trainer(
+            student, teachers, objective, attack, splits, settings, out, accelerator, shared, listener, changed
+        )
         aside = None
-        if accelerator.is_main_process:
+        if shared.is_main:
             if fresh:
                 aside = move_aside(out)
             _remove_torn_writes(out)
-            _open_run(out, settings, identity, checks)
-        accelerator.wait_for_everyone()
-        threads = _open_run(out, settings, identity, checks)
-        trainer = Trainer(student, teachers, objective, attack, splits, settings, out, accelerator, listener)
-        with _logged(out), _threads(threads), torch.random.fork_rng():
+            _open_run(out, settings, identity, checks, trainer.levers)
+        shared.agree()
+        threads = _open_run(out, settings, identity, checks, trainer.levers)
+        reused = is_finished(out)
+        with _logged(out) if shared.is_main else nullcontext(), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
-            for check in checks if accelerator.is_main_process else ():
+            for check in checks if shared.is_main else ():
                 log.info("%s", check)
                 if check.warning:
                     log.warning("%s", check.warning)
             torch.manual_seed(settings.seed)  # for dropout and the like; everything of ours is keyed by sample
-            reused = is_finished(out)
-            trainer.fit()
-        for tracker in accelerator.trackers:
-            tracker.finish()
+            with nullcontext() if reused else _tracked(accelerator, settings, out):
+                trainer.fit()
+            if shared.is_main and not reused:
+                # Another device may have gone on with it, or a compiler failed on the way.
+                _record(out, levers=trainer.levers.found)
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
-        accelerator.wait_for_everyone()
+        shared.agree()  # the folders are whole
         return run
 
 
@@ -303,7 +321,9 @@ def _resolved(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck]) -> int:
+def _open_run(
+    out: Path, settings: TrainSettings, identity: Mapping[str, Any], checks: Sequence[TeacherCheck], levers: Levers
+) -> int:
     """Write the run's settings, or compare them with those of the run that lives here. Returns its thread count."""
     chosen = _resolved(settings)
     if not (out / RUN).exists():
@@ -315,6 +335,7 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
             "settings": chosen,
             "identity": identity,
             "teachers": [check.model_dump(mode="json") for check in checks],
+            "levers": levers.found,
             "threads": threads,
             "versions": provenance.package_versions(),
             "commit": provenance.commit(),
@@ -341,6 +362,13 @@ def _open_run(out: Path, settings: TrainSettings, identity: Mapping[str, Any], c
         )
     # Sums are added up in another order by another number of threads, so the run keeps the one it began with.
     return int(document.get("threads", torch.get_num_threads()))
+
+
+def _record(out: Path, **found: object) -> None:
+    """Write into the run's own document what became of it: what it changed about itself, and its levers."""
+    document = read_json(out / RUN)
+    if any(document.get(key) != value for key, value in found.items()):
+        atomic_write_text(out / RUN, json.dumps(document | found, indent=1) + "\n")
 
 
 def _remove_torn_writes(out: Path) -> None:
@@ -378,7 +406,7 @@ def _finish(
     models = {"best": best.eval(), "last": last.eval()}
     select = trainer.settings.select
     other: Literal["best", "last"] = "last" if select == "best" else "best"
-    if trainer.accelerator.is_main_process:
+    if trainer.shared.is_main:
         folders: dict[Literal["best", "last"], Path] = {other: out / other, select: out}
         for label, folder in folders.items():
             if not (reused and is_model_folder(folder)):
@@ -402,18 +430,58 @@ def _finish(
     return Run(out, models[select], models[other], trainer.settings, trainer.history, trainer.best_epoch, reused)
 
 
-def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+def _synchronised(student: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cuda":
+        raise InputError(
+            "sync_batch_norm: torch has it for GPUs only; leave it away, and every process normalises by its own share."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
+
+
+def _accelerator(settings: TrainSettings, out: Path, count: int) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in settings.trackers:
         if name not in available:  # Accelerate itself would leave it out without a word
             raise InputError(f"trackers: {name} is not installed or not known to Accelerate; pip install {name}")
+    if settings.batch_size % count:
+        raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {count} processes.")
     accelerator = Accelerator(mixed_precision="no", log_with=list(settings.trackers) or None, project_dir=out)
-    if settings.trackers:
-        accelerator.init_trackers("crdnd")
-    processes = accelerator.num_processes
-    if settings.batch_size % processes:
-        raise InputError(f"batch_size: {settings.batch_size} cannot be shared equally by {processes} processes.")
+    if settings.on_nan == "retry" and count > 1:  # each would have to learn of the others' losses in every step
+        raise InputError("on_nan: several processes cannot go back together; use on_nan=stop, or one process.")
     return accelerator
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, settings: TrainSettings, out: Path) -> Generator[None]:
+    """The run's trackers for the body's time; a run that goes on continues the series that it began.
+
+    TensorBoard's lie in the run's folder; what was logged after the checkpoint is dropped, for it is logged again. W&B
+    knows the run by the moment and place of its start. MLflow takes the run to go on with from MLFLOW_RUN_ID.
+    """
+    if not settings.trackers:
+        yield
+        return
+    saved = read_checkpoint(out)
+    began = f"{read_json(out / RUN).get('started')} {out.resolve()}"
+    wandb = {
+        "id": hashlib.sha256(began.encode()).hexdigest()[:16],
+        "resume": "allow",
+        "name": out.name,
+        "dir": str(out),
+    }
+    accelerator.init_trackers(
+        "crdnd",
+        init_kwargs={
+            "tensorboard": {"purge_step": saved.step + 1 if saved else 1},
+            "wandb": wandb,
+            "mlflow": {"run_name": out.name},
+        },
+    )
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @contextmanager
@@ -432,16 +500,26 @@ def _threads(count: int) -> Generator[None]:
 def _logged(out: Path) -> Generator[None]:
     """Write what happens to the run's own log."""
     try:
-        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+        handler = logging.FileHandler(out / LOG, encoding="utf-8")
     except OSError as error:
-        raise cannot_write(out / "run.log", error) from error
+        raise cannot_write(out / LOG, error) from error
     handler.handleError = lambda record: None  # a full disk must not fill the terminal; saving will say so in one line
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+    def end(how: str, why: BaseException) -> None:  # to the file alone: the caller says it to people
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, f"{how}: {why}", (), None))
+
     try:
         yield
+    except DivergenceError as error:
+        end("diverged", error)
+        raise
+    except (RunError, Interrupted) as error:
+        end("ended", error)
+        raise
     finally:
         log.setLevel(level)
         log.removeHandler(handler)

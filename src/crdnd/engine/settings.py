@@ -114,6 +114,38 @@ class WeightPerturbation(Frozen):
     warmup: float = Field(default=0.05, ge=0, lt=1, description="Part of the run without it: 10 of 200 epochs.")
 
 
+class LeverSettings(Frozen):
+    """What makes a run faster and changes its numbers by rounding alone; `run.json` says what became of each."""
+
+    fold: bool = Field(
+        default=True,
+        description="Fold batch norms into convolutions, and compute small and wide convolutions as products, while "
+        "weights stand still.",
+    )
+    channels_last: bool | None = Field(
+        default=None,
+        description="Layout of the images in convolutions; by default where it pays: on a CPU but for the widest "
+        "layers, on a GPU in bf16 and TF32.",
+    )
+    fused_optimizer: bool = Field(default=True, description="One kernel for the update of all weights.")
+    keep_teacher: float = Field(
+        default=0.0,
+        ge=0,
+        description="MiB for what the teachers say of natural images, kept over epochs where augmentation is none; 0 "
+        "keeps nothing. A resumed run asks again, which its counted passes show.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Send the networks' passes through torch.compile, with CUDA graphs on a GPU; it takes the place "
+        "of fold.",
+    )
+    checkpoint_teacher: bool = Field(
+        default=False,
+        description="Compute a teacher's layers again where an attack asks for its gradients, instead of keeping them: "
+        "less memory, more time.",
+    )
+
+
 class TrainSettings(Frozen):
     """Everything about a run but its networks, data and folder."""
 
@@ -124,9 +156,20 @@ class TrainSettings(Frozen):
     )
     epochs: int = Field(default=100, ge=1, description="Passes over the training data.")
     batch_size: int = Field(default=128, ge=2, description="Images a step, over all processes.")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=2,
+        description="Images that the networks see at once, with the batch's gradients added up; by default the whole "
+        "batch. Out of memory, a run halves it and goes on. Batch norms in train mode then normalise by it.",
+    )
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="What changes the weights.")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="The learning rate over the run.")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="Largest norm of the whole gradient.")
+    on_nan: Literal["stop", "retry"] = Field(
+        default="stop",
+        description="On a loss or weights that are not finite. retry: go back to the end of the epoch before, with "
+        "half the learning rate, at most twice.",
+    )
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
     )
@@ -159,6 +202,16 @@ class TrainSettings(Frozen):
         "idbh_weak, mixup or cutmix (see `crdnd.data.augment`); several as crop_flip+cutmix; or phases, such as "
         "[{name: cropshift, until: 0.5}, {name: idbh_weak}]. An epoch has the phase in which it begins.",
     )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="Whether the student's batch norms normalise by the joined batch of all processes instead of each "
+        "process's share; on GPUs only.",
+    )
+    shard_teacher: bool = Field(
+        default=False,
+        description="Whether several processes keep a part of each teacher's weights each (FSDP), for teachers that do "
+        "not fit a device; slower.",
+    )
     validate_every: int = Field(
         default=1, ge=1, description="Epochs between validations; the last epoch always has one."
     )
@@ -167,6 +220,11 @@ class TrainSettings(Frozen):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of training; validation is always in float32."
     )
+    tf32: bool = Field(default=False, description="TF32 in training on GPUs that have it; never in validation.")
+    deterministic: bool = Field(
+        default=False, description="On a GPU: only kernels that give the same bits in every run; slower."
+    )
+    levers: LeverSettings = Field(default=LeverSettings(), description="What makes the run faster.")
     seed: int = Field(default=0, description="Seed of everything that is drawn.")
     seeds: Seeds = Field(default=Seeds(), description="Separate seeds for parts of it.")
     save_every_steps: int | None = Field(
@@ -174,7 +232,11 @@ class TrainSettings(Frozen):
         ge=1,
         description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
     )
-    trackers: tuple[str, ...] = Field(default=(), description="Experiment trackers of Accelerate, such as tensorboard.")
+    trackers: tuple[str, ...] = Field(
+        default=(),
+        description="Experiment trackers of Accelerate: tensorboard, wandb, mlflow and others. Where nothing is set, "
+        "`crdnd train` and `crdnd distill` take tensorboard if it is installed.",
+    )
 
     def seed_for(self, purpose: Literal["init", "order", "augment", "attack"]) -> int:
         """The seed of that purpose: its own, or the run's."""
@@ -224,7 +286,7 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher"})
+FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "shard_teacher", "on_nan"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from crdnd.attacks import Folding, pgd
+from crdnd.engine.generator import random_states, set_random_states
+from crdnd.engine.weights import keeping_statistics
 from crdnd.errors import InputError
 from crdnd.losses import gradient_match, repaired
 from crdnd.models import evaluating
@@ -29,6 +31,24 @@ class Batch:
     teachers: dict[str, Tensor]
     draws: Stream
     progress: float
+
+    def parts(self, size: int | None) -> list["Batch"]:
+        """The batch in micro-batches of at most so many images, as even as can be; whole where None."""
+        if size is None or size >= len(self.x):
+            return [self]
+        places = torch.arange(len(self.x), device=self.x.device)
+        return [self._take(rows) for rows in places.tensor_split(-(-len(self.x) // size))]
+
+    def _take(self, rows: Tensor) -> "Batch":
+        return Batch(
+            self.x[rows],
+            self.y[rows],
+            self.target[rows],
+            None if self.x_adv is None else self.x_adv[rows],
+            {name: view[rows] for name, view in self.teachers.items()},
+            self.draws.take(rows),
+            self.progress,
+        )
 
 
 @dataclass
@@ -54,6 +74,7 @@ class Step:
         repair: whether a teacher that is wrong about a sample has its two logits in question swapped.
         igdm: weight of the matching of input gradients, at the end of the run; None leaves it out.
         folding: how the student is computed faster, while it is attacked and while it learns.
+        call: how a network is called, such as through a compiler.
     """
 
     student: nn.Module
@@ -66,6 +87,7 @@ class Step:
     repair: bool = False
     igdm: float | None = None
     folding: Folding | None = None
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
     passes: Passes = field(default_factory=Passes)
 
     def __call__(
@@ -87,10 +109,88 @@ class Step:
         """The views that the method and its parts look at."""
         return self.objective.needs | (IGDM_VIEWS if self.igdm is not None else frozenset())
 
-    def prepare(self, x: Tensor, y: Tensor, stream: Stream, progress: float, target: Tensor | None = None) -> Batch:
-        """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move."""
-        target = y if target is None else target
-        teachers = self._of_teachers("nat", x, y, self.needs | attack_needs(self.attack))
+    def prepare(
+        self,
+        x: Tensor,
+        y: Tensor,
+        stream: Stream,
+        progress: float,
+        target: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
+        micro_batch: int | None = None,
+    ) -> Batch:
+        """Attack the student, and ask the teachers about x and x': all that stays when the student's weights move.
+
+        `known` is what the teachers say of x, where they have been asked before. With `micro_batch` no network sees
+        more images at once than that.
+        """
+        given = Batch(x, y, y if target is None else target, None, known or {}, stream, progress)
+        parts = [self._prepared(part) for part in given.parts(micro_batch)]
+        if len(parts) == 1:
+            return parts[0]
+        attacked = [part.x_adv for part in parts if part.x_adv is not None]
+        return replace(
+            given,
+            x_adv=torch.cat(attacked) if attacked else None,
+            teachers=_joined([part.teachers for part in parts]),
+        )
+
+    def backward(self, batch: Batch, micro_batch: int | None = None) -> tuple[LossTerms, Views]:
+        """Add the gradients of the batch's mean loss to those of the student and of the method.
+
+        With `micro_batch` no network sees more images at once than that. Where the method relates samples, the loss is
+        that of the whole batch all the same: the student's predictions are made part by part without a graph, the loss
+        is taken back to them, and then each part is looked at again and taken back to the weights. Either way the
+        gradients are those of the whole batch up to rounding, but for batch norms in train mode, which normalise by
+        their part and move their statistics once for each.
+
+        Returns:
+            The terms and the views of the whole batch.
+        """
+        parts = batch.parts(micro_batch)
+        if len(parts) == 1:
+            terms, views = self.terms(batch)
+            terms.total.backward()
+            return terms, views
+        if self.objective.relates_samples:
+            return self._backward_through_views(batch, parts)
+        found: list[dict[str, Tensor]] = []
+        seen: list[dict[str, Tensor]] = []
+        for part in parts:
+            student = self._student(part)
+            terms = self._scored(self._views(part, student))
+            (terms.per_sample.sum() / len(batch.x)).backward()
+            found.append({name: term.detach() for name, term in terms.terms.items()})
+            seen.append({name: view.detach() for name, view in student.items()})
+        return LossTerms(**_joined(found)), self._views(batch, _joined(seen))
+
+    def _backward_through_views(self, batch: Batch, parts: list[Batch]) -> tuple[LossTerms, Views]:
+        states: list[dict[str, Tensor]] = []
+        seen: list[dict[str, Tensor]] = []
+        for part in parts:
+            states.append(random_states(batch.x.device))
+            with torch.no_grad():
+                seen.append(self._student(part))
+        leaves = {name: view.requires_grad_(True) for name, view in _joined(seen).items()}
+        views = self._views(batch, leaves)
+        terms = self._scored(views)
+        terms.total.backward()
+        slopes = {
+            name: leaf.grad.split([len(part.x) for part in parts])
+            for name, leaf in leaves.items()
+            if leaf.grad is not None
+        }
+        with keeping_statistics(self.student):
+            for index, part in enumerate(parts):
+                set_random_states(states[index], batch.x.device)  # the same units are dropped again
+                again = self._student(part)
+                torch.autograd.backward([again[name] for name in slopes], [slopes[name][index] for name in slopes])
+        return terms, views
+
+    def _prepared(self, given: Batch) -> Batch:
+        x, y, target, stream, progress = given.x, given.y, given.target, given.draws, given.progress
+        wanted = self.needs | attack_needs(self.attack)
+        teachers = dict(given.teachers) or self._of_teachers("nat", x, y, wanted)
         x_adv = None
         if self.attack is not None:
             x_adv = self._attacked(self.attack, Batch(x, y, target, None, teachers, stream, progress))
@@ -102,17 +202,26 @@ class Step:
 
     def terms(self, batch: Batch) -> tuple[LossTerms, Views]:
         """The student's views of a batch, and the terms that follow."""
+        v = self._views(batch, self._student(batch))
+        return self._scored(v), v
+
+    def _student(self, batch: Batch) -> dict[str, Tensor]:
         with self.folding.training() if self.folding is not None else nullcontext():
-            views = batch.teachers | self._of_student("nat", batch.x, self.needs)
+            views = self._of_student("nat", batch.x, self.needs)
             if batch.x_adv is not None:
                 views |= self._of_student("adv", batch.x_adv, self.needs)
                 views |= self._of_student("mirror", 2 * batch.x - batch.x_adv, self.needs)
-        v = Views(batch.y, batch.progress, views=views, target=batch.target, draws=batch.draws)
+        return views
+
+    def _views(self, batch: Batch, student: dict[str, Tensor]) -> Views:
+        return Views(batch.y, batch.progress, views=batch.teachers | student, target=batch.target, draws=batch.draws)
+
+    def _scored(self, v: Views) -> LossTerms:
         terms = self.objective(v)
         if self.igdm is not None:
             match = gradient_match(v["t_adv"], v["t_mirror"], v["s_adv"], v["s_mirror"])
-            terms = LossTerms(**terms.terms, igdm=self.igdm * batch.progress * match)
-        return terms, v
+            terms = LossTerms(**terms.terms, igdm=self.igdm * v.progress * match)
+        return terms
 
     def _attacked(self, attack: TrainingAttack, batch: Batch) -> Tensor:
         """x' (B, C, H, W), found with the student's batch norm in the attack's mode."""
@@ -179,10 +288,14 @@ class Step:
         # made without gradients would silently serve a pass that needs them.
         with self.precision():
             if features not in wanted:
-                return {logits: _at_least_float32(network(x))}
+                return {logits: _at_least_float32(self.call(network, x))}
             with last_linear_input(network) as captured:
                 output = network(x)
             return {logits: _at_least_float32(output), features: _at_least_float32(captured[-1])}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _linear(teachers: dict[str, Tensor], x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:

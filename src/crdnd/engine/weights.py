@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from crdnd.attacks import true_float32
 from crdnd.data import ImageData
@@ -52,16 +52,33 @@ def reestimate_batch_norm(network: nn.Module, data: ImageData, batch_size: int) 
                 norm.momentum = momentum
 
 
+def moving_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances that a step moves; those of layers in eval mode stay as they are."""
+    norms = [module for module in network.modules() if isinstance(module, _NormBase) and module.training]
+    found = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in found if value is not None]
+
+
+def statistics(network: nn.Module) -> list[Tensor]:
+    """A copy of the network's buffers, which passes in train mode move."""
+    return [buffer.clone() for buffer in network.buffers()]
+
+
+@torch.no_grad()
+def put_back(network: nn.Module, before: list[Tensor]) -> None:
+    """Bring back what `statistics` gave."""
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
 @contextmanager
 def keeping_statistics(network: nn.Module) -> Generator[None]:
     """A pass in the body leaves no trace in the network's buffers."""
-    before = [buffer.clone() for buffer in network.buffers()]
+    before = statistics(network)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(network.buffers(), before, strict=True):
-                buffer.copy_(value)
+        put_back(network, before)
 
 
 @contextmanager

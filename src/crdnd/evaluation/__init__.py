@@ -1,7 +1,7 @@
 """Evaluation: which samples a model gets right under attack, as a document with its protocol."""
 
+from crdnd.engine.processes import processes
 from crdnd.evaluation._plan import PRESETS, TABLE_ATTACKS, Preset, choose_attacks, preset
-from crdnd.evaluation._processes import processes
 from crdnd.evaluation._reference import reference
 from crdnd.evaluation._runner import Listener, Step
 from crdnd.evaluation.compare import Difference, compare, paired_difference

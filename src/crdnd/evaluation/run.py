@@ -16,12 +16,12 @@ from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
 from crdnd.engine import check_model
+from crdnd.engine.processes import processes
 from crdnd.engine.signals import stop_requests
 from crdnd.errors import InputError, Interrupted
 from crdnd.evaluation._batch_size import batch_size_that_fits
 from crdnd.evaluation._checks import Evidence, check_columns, run_checks, verdict
 from crdnd.evaluation._plan import TABLE_ATTACKS, Column, choose_attacks, without_gradients
-from crdnd.evaluation._processes import processes
 from crdnd.evaluation._progress import Progress, work_folder, work_number
 from crdnd.evaluation._runner import FELL, STANDS, Listener, Runner
 from crdnd.evaluation.found import save_found

@@ -164,6 +164,8 @@ class Objective(nn.Module):
     """The training attack of the paper; None trains on natural images alone."""
     summed: ClassVar[tuple[str, ...]] = ()
     """Buffers that are sums over samples; several processes add theirs up before `end_epoch`."""
+    relates_samples: ClassVar[bool] = False
+    """Whether a sample's terms depend on the others of its batch; the loss is then always that of the whole batch."""
     settings_class: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
 
     def __init__(self, num_classes: int, *, sizes: Sizes | None = None, **settings: Any) -> None:

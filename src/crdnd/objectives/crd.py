@@ -79,6 +79,7 @@ class CRD(Objective):
     paper = "Tian et al. 2020, arXiv 1910.10699"
     needs = frozenset({"s_nat", "s_nat_features", "t_nat_features"})
     attack = None
+    relates_samples = True  # in the first batch, which gives both Z
     settings: Settings
     settings_class = Settings
     started: Tensor

@@ -99,6 +99,7 @@ class CRDND(Objective):
     needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
     attack = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
     summed = ("counts",)
+    relates_samples = True
     settings: Settings
     settings_class = Settings
     counts: Tensor
@@ -141,7 +142,8 @@ class CRDND(Objective):
 
     def observe(self, v: Views) -> None:
         """Count the teacher's right answers on this batch, class by class."""
-        classes = F.one_hot(v.y, self.num_classes).to(self.counts)
+        # Not `one_hot`, which looks at its labels.
+        classes = (v.y[:, None] == torch.arange(self.num_classes, device=v.y.device)).to(self.counts)
         for index, view in enumerate((v["t_nat"], v["t_adv"])):
             right = (view.argmax(1) == v.y).to(self.counts)
             self.counts[index, 0] += classes.sum(0)

@@ -51,6 +51,7 @@ class SAAD(Objective):
     paper = "Lee and Chung 2026, arXiv 2512.10275"
     needs = frozenset({"s_nat", "s_adv", "s_mirror", "t_nat", "t_adv", "t_mirror"})
     attack = TrainingAttack(loss="linear_teacher", start="gaussian", mode="eval")
+    relates_samples = True
     settings: Settings
     settings_class = Settings
 
