@@ -203,7 +203,7 @@ def test_weights_belong_to_a_factory(workplace):
 def test_a_weights_file_alone_is_no_model(workplace, suffix):
     Path(f"w{suffix}").write_bytes(b"")
     message = (
-        rf"w\{suffix}: is a file of weights without an architecture; give .*:factory and .* --weights w\{suffix}\."
+        rf"w\{suffix}: is a file of weights without an architecture; give .*:factory, and this file as its weights"
     )
     refusal(message, f"w{suffix}")
 
