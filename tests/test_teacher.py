@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from crdnd import ImageData, InputError, Splits, ThreatModel, create_model, distill, load_data
 from crdnd.cli import main
 from crdnd.engine import measure_teacher, train
-from crdnd.models import Adapted, Normalized, adapted, input_shape
+from crdnd.models import Adapted, Normalized, adapted, fitted, input_shape
 from support import TinyNet, generator, images
 
 torch.set_num_threads(1)  # networks this small wait for their threads more than they compute
@@ -338,16 +338,34 @@ def test_measuring_changes_nothing_of_the_run(plain, tmp_path):
 GIVEN = (1, 6, 9)
 
 
-@pytest.mark.parametrize("wanted", [(1, 12, 9), (3, 12, 18), (1, 6, 4), (3, 3, 5), (3, 6, 9), (1, 7, 5)])
-def test_images_are_resized_as_the_field_does_it(wanted):
+@pytest.mark.parametrize(
+    ("wanted", "covering"),
+    [
+        ((3, 6, 9), (6, 9)),
+        ((3, 12, 18), (12, 18)),
+        ((1, 2, 3), (2, 3)),
+        ((1, 6, 5), (6, 9)),
+        ((3, 12, 10), (12, 18)),
+        ((1, 4, 4), (4, 6)),
+        ((3, 4, 9), (6, 9)),
+    ],
+)
+def test_images_are_scaled_as_the_field_does_it_and_cropped_in_the_middle(wanted, covering):
     x = images(4, GIVEN, dtype=torch.float64)
-    seen = Adapted(nn.Identity(), GIVEN, wanted).double()(x)
-    expected = F.interpolate(x, wanted[1:], mode="bilinear", align_corners=False, antialias=True)
-    assert seen.shape == (4, *wanted)
-    for channel in range(wanted[0]):
-        torch.testing.assert_close(seen[:, channel], expected[:, 0], rtol=0, atol=1e-6)
-    assert seen.min() >= 0
-    assert seen.max() <= 1 + 1e-12
+    expected = F.interpolate(x, covering, mode="bilinear", align_corners=False, antialias=True)
+    top, left = (covering[0] - wanted[1]) // 2, (covering[1] - wanted[2]) // 2
+    expected = expected[:, :, top : top + wanted[1], left : left + wanted[2]]
+    for seen in (Adapted(nn.Identity(), GIVEN, wanted).double()(x), fitted(x, wanted)):
+        assert seen.shape == (4, *wanted)
+        for channel in range(wanted[0]):
+            torch.testing.assert_close(seen[:, channel], expected[:, 0], rtol=0, atol=1e-6)
+        assert seen.min() >= 0
+        assert seen.max() <= 1 + 1e-12
+
+
+def test_images_of_other_channels_than_grey_are_not_guessed_at():
+    with pytest.raises(InputError, match="images have 3 channels, the model takes 1"):
+        fitted(torch.rand(2, 3, 6, 9), (1, 6, 9))
 
 
 def test_resized_images_of_one_grey_stay_that_grey():

@@ -1,7 +1,7 @@
 """Models from pixels in [0, 1] to logits. One file, one architecture; any other `torch.nn.Module` will do as well."""
 
 from crdnd import registry
-from crdnd.models._adapted import Adapted, adapted, input_shape
+from crdnd.models._adapted import Adapted, adapted, fitted, input_shape
 from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
 from crdnd.models._exported import ExportedModel
 from crdnd.models._extras import TIMM
@@ -34,6 +34,7 @@ __all__ = [
     "create_model",
     "device_of",
     "evaluating",
+    "fitted",
     "has_gradients",
     "input_shape",
     "is_model_folder",

@@ -1,7 +1,6 @@
 """A model made for images of another shape: a teacher of 32 x 32 colour images for a student of 28 x 28 grey ones."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crdnd.errors import InputError
@@ -15,9 +14,7 @@ Shape = tuple[int, int, int]
 class Adapted(nn.Module):
     """A model behind a change of the images' shape. (B, C, H, W) in [0, 1] -> logits (B, K).
 
-    Sizes change by bilinear interpolation, anti-aliased where they shrink, and grey images are repeated for a model of
-    colour images. All of it is linear, so gradients flow through, and two matrix products, so they are the same every
-    time on every device. Pixels stay in [0, 1].
+    Images change as `fitted` says. That is linear, so gradients flow through.
 
     Args:
         model: takes images of shape `wanted`.
@@ -33,15 +30,15 @@ class Adapted(nn.Module):
         self.model, self.given, self.wanted = model, given, wanted
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         # What no checkpoint needs to hold: it follows from the shapes.
-        self.register_buffer("rows", _interpolation(given[1], wanted[1]).to(dtype), persistent=False)
-        self.register_buffer("columns", _interpolation(given[2], wanted[2]).to(dtype), persistent=False)
+        rows, columns = _interpolations(given[1:], wanted[1:])
+        self.register_buffer("rows", rows.to(dtype), persistent=False)
+        self.register_buffer("columns", columns.to(dtype), persistent=False)
 
     def adapt(self, x: Tensor) -> Tensor:
         """Images (B, *given) as the model wants them, (B, *wanted)."""
         if tuple(x.shape[1:]) != self.given:
             raise InputError(f"takes images of shape {self.given}, got {tuple(x.shape[1:])}.")
-        resized = self.rows.to(x.dtype) @ x @ self.columns.to(x.dtype).T
-        return resized.expand(-1, self.wanted[0], -1, -1)
+        return _fitted(x, self.rows, self.columns, self.wanted[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1]."""
@@ -81,8 +78,36 @@ def input_shape(model: nn.Module) -> Shape | None:
     return model.input_shape if isinstance(model, ExportedModel | OnnxModel) else None
 
 
-def _interpolation(size: int, wanted: int) -> Tensor:
-    """The matrix (wanted, size) that interpolates linearly along one side, float64; the identity where they agree."""
-    identity = torch.eye(size, dtype=torch.float64)[None, None]
-    resized = F.interpolate(identity, (wanted, size), mode="bilinear", align_corners=False, antialias=wanted < size)
-    return resized[0, 0]
+def fitted(x: Tensor, shape: Shape) -> Tensor:
+    """Images of any size as a model wants them. (B, C, H, W) in [0, 1] -> (B, *shape) in [0, 1].
+
+    They are scaled until they just cover `shape`, and what then stands over is cut off at both ends; grey images are
+    repeated for a model of colour images. Sizes change by bilinear interpolation, anti-aliased where they shrink, as
+    Pillow's BILINEAR does; two matrix products, so the result is the same every time on every device.
+
+    Raises:
+        InputError: the images have another number of channels than `shape`, and are not grey.
+    """
+    if x.shape[1] not in (1, shape[0]):
+        raise InputError(f"images have {x.shape[1]} channels, the model takes {shape[0]}.")
+    rows, columns = _interpolations((x.shape[2], x.shape[3]), shape[1:])
+    return _fitted(x, rows.to(x), columns.to(x), shape[0])
+
+
+def _fitted(x: Tensor, rows: Tensor, columns: Tensor, channels: int) -> Tensor:
+    return (rows.to(x.dtype) @ x @ columns.to(x.dtype).T).expand(-1, channels, -1, -1)
+
+
+def _interpolations(given: tuple[int, int], wanted: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The matrices (wanted, given) that scale and crop rows and columns, float64; identities where sizes agree."""
+    scale = min(given[0] / wanted[0], given[1] / wanted[1])
+    rows, columns = (_interpolation(size, into, scale) for size, into in zip(given, wanted, strict=True))
+    return rows, columns
+
+
+def _interpolation(size: int, wanted: int, scale: float) -> Tensor:
+    """Along one side: `wanted` pixels, each `scale` given ones wide, from the middle. -> (wanted, size)."""
+    centres = (size - wanted * scale) / 2 + (torch.arange(wanted, dtype=torch.float64)[:, None] + 0.5) * scale
+    distance = (torch.arange(size, dtype=torch.float64) + 0.5 - centres).abs() / max(scale, 1)
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
