@@ -10,12 +10,11 @@ from pydantic import Field
 from crdnd.objectives import ObjectiveSettings, load_objective, objective_names
 from crdnd.recipe import Recipe
 from crdnd.recipes import recipe_names
-from crdnd.report.comparison import load_comparison
 
 DOCS = Path(__file__).parent.parent / "docs"
 GENERATOR = runpy.run_path(str(DOCS / "methods.py"))
 SETTINGS = runpy.run_path(str(DOCS / "settings.py"))
-DIGITS = runpy.run_path(str(DOCS / "digits.py"))
+COMPARISONS = runpy.run_path(str(DOCS / "comparisons.py"))
 
 
 def test_the_pages_of_the_methods_are_those_of_their_files():
@@ -69,7 +68,7 @@ def test_the_page_of_the_recipes_names_each_of_them():
     assert set(re.findall(r"`([a-z_]+-cifar100?-[a-z0-9_]+)`", page)) == set(recipe_names())
 
 
-@pytest.mark.skipif(not DIGITS["RESULTS"].exists(), reason="results/digits is not measured yet")
-def test_the_page_of_the_digits_is_that_of_its_results():
-    written = DIGITS["page"](load_comparison(DIGITS["RESULTS"]))
-    assert DIGITS["PAGE"].read_text(encoding="utf-8") == written, "run `python docs/digits.py`"
+@pytest.mark.parametrize("name", COMPARISONS["PAGES"])
+def test_the_page_of_a_comparison_is_that_of_its_results(name):
+    written = COMPARISONS["page"](name)
+    assert COMPARISONS["target"](name).read_text(encoding="utf-8") == written, "run `python docs/comparisons.py`"

@@ -1,0 +1,136 @@
+"""Write docs/digits.md and docs/cifar10.md, the tables of comparisons, from results/<name>/compare.json."""
+
+import json
+from pathlib import Path
+
+from crdnd.report.comparison import Comparison, load_comparison
+from crdnd.report.leaderboard import WORST, Entry, Estimate, leaderboard, passes
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """<!-- Written by docs/comparisons.py from results/{name}/compare.json: change that, then run it again. -->
+
+# {title}
+
+    {command}
+
+{about} Threat model: {threat}.
+"""
+END = """
+Accuracies are percent. With several seeds they are means ± their standard deviation, with 95% t intervals in brackets,
+and differences are paired by seed; an interval that holds 0 decides nothing. One seed has no such interval: in brackets
+stands the 95% Wilson interval of its images, and a difference has none.
+"""
+PAGES = {
+    "digits": (
+        "All methods on the digits",
+        """{seeds} seeds, each with its own split (1,147 images for training, 200 for validation, 450 for the test) and
+its own teachers, a `cnn` of width 32 each, the robust one by `trades`; students are a `cnn` of width 8.
+Every method has the same data, augmentation, epochs, optimiser, schedule and attack steps, and three settings to choose
+from (studies/digits.yaml), judged on the validation data of one seed by the worst case of PGD on cross-entropy and on
+the margin; the best checkpoint of each run was chosen there too. Every test image was attacked once, by `rslad-table`:
+worst case means that FGSM, PGD_SAT, PGD_TRADES, CW-inf and AutoAttack all failed on it.""",
+    ),
+    "cifar10": (
+        "Four methods on real CIFAR-10, on two processor cores",
+        """One seed, all 45,000 training images, the first {n} test images. The teacher is a WRN-10-2 by `trades`,
+8 epochs ([weights](../weights/wrn-10-2-trades-cifar10)); students are a `cnn` of width 16, 10 epochs, with each paper's
+settings (studies/cifar10.yaml says what was left out to fit two cores). It shows that the road works on real images.
+It ranks nothing: one seed, small networks, a weak teacher, runs far shorter than the papers' 300 epochs.
+Every test image was attacked once, by `rslad-table`: worst case means that all of its attacks failed.""",
+    ),
+}
+
+
+def page(name: str) -> str:
+    """The page's text."""
+    comparison = load_comparison(results(name))
+    board = leaderboard(comparison)
+    protocol = board.protocols[0]
+    title, about = PAGES[name]
+    text = HEAD.format(
+        name=name,
+        title=title,
+        command=f"crdnd compare {comparison.command.partition('compare ')[2]}",
+        about=about.format(seeds=len(comparison.spec["seeds"]), n=protocol.n),
+        threat=f"{protocol.norm}, eps {protocol.eps:g}",
+    )
+    text += END
+    names = ["method", "clean", "PGD_SAT", "AutoAttack", "worst case", f"minus {board.baseline}", "gap", "seconds"]
+    rows = [
+        [
+            f"[`{entry.objective}`](methods/{entry.objective}.md)",
+            *(_spread(entry.columns[name]) for name in ("clean", "pgd_sat", "autoattack")),
+            f"**{entry.columns[WORST].mean:.1f}** {_interval(comparison, entry)}",
+            _difference(entry),
+            _spread(entry.gap) if entry.gap else "-",
+            f"{entry.seconds:.0f} ({passes(entry)})",
+        ]
+        for entry in board.entries
+    ]
+    text += f"\n{_table([*names[:-1], 'seconds (passes)'], rows)}"
+    text += (
+        "\nGap: points by which PGD_TRADES reads above AutoAttack. Passes: evaluations of student + teachers for each\n"
+    )
+    text += "training image over the whole run.\n"
+    if comparison.choices:
+        text += f"\n## The settings that were chosen\n\n{_choices(comparison)}"
+    return text + f"\nCommit {comparison.commit}, torch {comparison.versions.get('torch', '?')}.\n"
+
+
+def results(name: str) -> Path:
+    """The comparison that a page tells."""
+    return ROOT / "results" / name / "compare.json"
+
+
+def target(name: str) -> Path:
+    """Where a page is written."""
+    return ROOT / "docs" / f"{name}.md"
+
+
+def _choices(comparison: Comparison) -> str:
+    choices = []
+    for choice in comparison.choices:
+        tried = [
+            f"{json.dumps(trial.settings)}: {trial.validation.robust.percent:.1f}" if trial.validation else "diverged"
+            for trial in choice.trials
+        ]
+        if choice.chosen is not None:
+            tried[choice.chosen - 1] = f"**{tried[choice.chosen - 1]}**"
+        choices.append([f"`{choice.objective}`", "; ".join(tried)])
+    return _table(["method", "trials: robust accuracy on validation data"], choices)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _spread(found: Estimate) -> str:
+    return f"{found.mean:.1f}" + (f" ± {found.sd:.1f}" if found.sd is not None else "")
+
+
+def _interval(comparison: Comparison, entry: Entry) -> str:
+    found = entry.columns[WORST]
+    low, high = found.low, found.high
+    if low is None or high is None:
+        who = (entry.objective, entry.student, entry.teacher)
+        rows = [
+            cell.row for cell in comparison.cells if (cell.objective, cell.student, cell.teacher) == who and cell.row
+        ]
+        low, high = rows[0].worst_case.interval()
+    return f"[{low:.1f}, {high:.1f}]"
+
+
+def _difference(entry: Entry) -> str:
+    found = [pair.columns[WORST] for pair in entry.differences]
+    return (
+        "; ".join(
+            f"{one.mean:+.1f}" + ("" if one.low is None else f" [{one.low:+.1f}, {one.high:+.1f}]") for one in found
+        )
+        or "-"
+    )
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        target(name).write_text(page(name), encoding="utf-8")
