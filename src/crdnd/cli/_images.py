@@ -55,7 +55,7 @@ def with_defaults(settings: Mapping[str, Any], role: Literal["teacher", "student
         "objective": (TEACHER_OBJECTIVE if teaches else STUDENT_OBJECTIVE, "the method"),
         "threat": (
             {"norm": norm, "eps": EPS.get(norm, EPS["linf"])},
-            "what an attacker may change: each pixel by 8 of its 255 levels",
+            "how far an attacker may change an image",
         ),
         "augmentation": (
             ("shift", "grey images are moved a little and not mirrored")
@@ -81,14 +81,16 @@ def with_defaults(settings: Mapping[str, Any], role: Literal["teacher", "student
 
 
 def teacher_of(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the teacher that a student's run needs first; its run lies beside the student's.
+    """Settings of the teacher that a student's run needs first, which is said; its run lies beside the student's.
 
     Args:
         settings: of the student, complete.
         given: what the user gave of them.
     """
     own = {key: given[key] for key in SHARED if key in given}
-    return with_defaults(own | {"out": f"{str(settings['out']).rstrip('/')}-teacher"}, "teacher")
+    out = f"{str(settings['out']).rstrip('/')}-teacher"
+    print(f"no --teacher was given, so one is trained first, in {out}", file=sys.stderr)
+    return with_defaults(own | {"out": out}, "teacher")
 
 
 def check_folder(images: str | None, settings: Mapping[str, Any]) -> bool:

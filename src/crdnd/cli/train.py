@@ -164,11 +164,9 @@ REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "
 
 
 def _train_teacher(settings: dict[str, Any], given_settings: dict[str, Any], *, fresh: bool) -> str:
-    """Train the teacher that is missing, or go on with it, and say so. Returns its folder."""
+    """Train the teacher that is missing, or go on with it. Returns its folder."""
     _check_required(settings)
-    teacher = teacher_of(settings, given_settings)
-    print(f"no --teacher was given, so one is trained first, in {teacher['out']}", file=sys.stderr)
-    run = _run(teacher, fresh=fresh)
+    run = _run(teacher_of(settings, given_settings), fresh=fresh)
     state = "was trained before" if run.reused else "is trained"
     print(f"the teacher {state}; now the student is, in {settings['out']}", file=sys.stderr)
     return str(run.folder)

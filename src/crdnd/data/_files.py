@@ -257,15 +257,16 @@ def read_classes(
     names = tuple(entry.name for entry in classes)
     y = torch.tensor([label for _, label in turns])
     data, failed = from_files(folder, files, y, names, name, size, channels)
-    _warn_of(failed, y, names, folder)
+    _warn_of(failed, files, y, names, folder)
     return data, tuple(str(error) for error in failed.values())
 
 
-def _warn_of(failed: dict[int, InputError], y: torch.Tensor, names: tuple[str, ...], folder: Path) -> None:
-    """Say in one line what was skipped; too much of a class is refused, because what is left may be another class."""
+def _warn_of(
+    failed: dict[int, InputError], files: list[Path], y: torch.Tensor, names: tuple[str, ...], folder: Path
+) -> None:
+    """Say what was skipped; too much of a class is refused, because what is left may be another class."""
     if not failed:
         return
-    errors = list(failed.values())
     lost = y[list(failed)].bincount(minlength=len(names))
     for label, (bad, count) in enumerate(zip(lost.tolist(), y.bincount(minlength=len(names)).tolist(), strict=True)):
         if 2 * bad > count:
@@ -274,8 +275,11 @@ def _warn_of(failed: dict[int, InputError], y: torch.Tensor, names: tuple[str, .
                 f"{folder / names[label]}: {bad} of its {count} images cannot be read; mend or remove them. The first "
                 f"one: {first}"
             )
-    some = " ".join(str(error) for error in errors[:3]) + (f" And {len(errors) - 3} more." if len(errors) > 3 else "")
-    log.warning("%s: skipped %d of %d images, which cannot be read. %s", folder, len(errors), len(y), some)
+    names_of = ", ".join(files[row].name for row in list(failed)[:3])
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    log.warning("%s: skips %d of %d images, which cannot be read: %s%s", folder, len(failed), len(y), names_of, more)
+    for error in failed.values():
+        log.warning("skipped %s", error)
 
 
 def from_files(

@@ -36,6 +36,7 @@ GREY, GREY_16 = ("1", "L", "LA", "La"), ("I", "I;16", "I;16B", "I;16L", "I;16N")
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
 MOST_PIXELS = 89_478_485
 """Of a file that is opened: a quarter of a GiB of RGB, which is where Pillow begins to speak of decompression bombs."""
+TOO_LARGE = f"has more than {MOST_PIXELS // 10**6} million pixels; make it smaller."
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 """What the last bytes of a whole file contain."""
 HINTS = {".heic": "save it as JPEG", ".heif": "save it as JPEG"}
@@ -97,7 +98,7 @@ def pixels_of(image: "PIL.Image.Image", name: object) -> Bytes:
     """A Pillow image as uint8 (H, W, 1) if it is grey, otherwise (H, W, 3); `name` is for messages."""
     from PIL import Image
 
-    grey, turn = _is_grey(image, name), _turn(image)
+    grey, orientation = _is_grey(image, name), _orientation(image)
     if image.mode in GREY_16:
         array = _from_16_bits(np.array(image), name)
     else:
@@ -107,7 +108,7 @@ def pixels_of(image: "PIL.Image.Image", name: object) -> Bytes:
             image = white
         array = np.array(image.convert("L" if grey else "RGB"))
         array = array[:, :, None] if grey else array
-    return array if turn is None else np.ascontiguousarray(turn(array))
+    return _turned(array, orientation)
 
 
 def stacked(images: Iterable[Bytes], names: Sequence[object]) -> torch.Tensor:
@@ -144,9 +145,11 @@ def _opened(file: Path) -> Generator["PIL.Image.Image"]:
             yield image
     except InputError:
         raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{file}: {TOO_LARGE}") from None
     except Exception as error:  # a decoder raises whatever it stumbles over in a damaged file
         hint = HINTS.get(file.suffix.lower())
-        reason = first_line(error).replace(f" {str(file)!r}", "")
+        reason = getattr(error, "strerror", None) or first_line(error).replace(f" {str(file)!r}", "")
         raise InputError(f"{file}: is not a readable image ({reason}){f'; {hint}' if hint else ''}.") from None
 
 
@@ -165,16 +168,11 @@ def _last_bytes(file: Path) -> bytes:
         return handle.read()
 
 
-# What EXIF's orientation asks for, for arrays (H, W, C); 5 and above exchange height and width.
 TURNS = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a.transpose(1, 0, 2)[::-1],
-}
+    2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1),
+    8: (True, -1, 1),
+}  # fmt: skip
+"""What EXIF's orientations ask for: whether rows and columns change places, then the steps through either."""
 ORIENTATION = 0x0112
 
 
@@ -188,12 +186,14 @@ def _orientation(image: "PIL.Image.Image") -> int:
         return 1
 
 
-def _turn(image: "PIL.Image.Image") -> Any:
-    return TURNS.get(_orientation(image))
+def _turned(array: Bytes, orientation: int) -> Bytes:
+    exchanged, down, across = TURNS.get(orientation, (False, 1, 1))
+    return np.ascontiguousarray((array.transpose(1, 0, 2) if exchanged else array)[::down, ::across])
 
 
 def _size_of(image: "PIL.Image.Image") -> Size:
-    return image.size if _orientation(image) in (5, 6, 7, 8) else (image.height, image.width)
+    exchanged, *_ = TURNS.get(_orientation(image), (False,))
+    return image.size if exchanged else (image.height, image.width)
 
 
 def _is_grey(image: "PIL.Image.Image", name: object) -> bool:

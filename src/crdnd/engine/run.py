@@ -268,8 +268,8 @@ def _run(
             if aside:
                 log.info("moved the old run to %s", aside)
             if shared.is_main:
-                for reason in splits.skipped:
-                    log.info("skipped %s", reason)
+                if splits.skipped:
+                    log.info("%d files cannot be read and are skipped; %s lists them", len(splits.skipped), RUN)
                 say_classes(splits)
             for check in checks if shared.is_main else ():
                 log.info("%s", check)
