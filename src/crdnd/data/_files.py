@@ -229,7 +229,7 @@ def training_folder(folder: Path) -> Path:
 
 
 def read_classes(
-    folder: Path, name: str, size: Size | None, channels: int | None = None
+    folder: Path, name: str, size: Size | None, channels: int | None = None, known: tuple[str, ...] = ()
 ) -> tuple[ImageData, tuple[str, ...]]:
     """Images in a subfolder for each class; the classes take turns.
 
@@ -238,6 +238,7 @@ def read_classes(
         name: what results call the data.
         size: what the images are brought to.
         channels: what they are brought to; by default grey if all of them are, otherwise RGB.
+        known: classes that there are besides those that have a folder.
 
     Returns:
         The data of all images that can be read, and why each other file was skipped.
@@ -254,7 +255,7 @@ def read_classes(
     if not turns:
         raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
     files = [members[label][turn] for turn, label in turns]
-    names = tuple(entry.name for entry in classes)
+    names = tuple(dict.fromkeys([*(entry.name for entry in classes), *known]))
     y = torch.tensor([label for _, label in turns])
     data, failed = from_files(folder, files, y, names, name, size, channels)
     _warn_of(failed, files, y, names, folder)

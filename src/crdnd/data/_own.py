@@ -72,7 +72,7 @@ def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Split
     others: dict[str, ImageData] = {}
     for part in ("validation", "test"):
         if part in parts:
-            data, more = read_classes(parts[part], name, size, train.shape[0])
+            data, more = read_classes(parts[part], name, size, train.shape[0], train.class_names)
             others[part] = _named(_like(data, train), train, parts[part], parts["train"])
             skipped += more
     if "validation" in others:
