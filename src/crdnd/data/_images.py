@@ -139,9 +139,7 @@ def _opened(file: Path) -> Generator["PIL.Image.Image"]:
     try:
         with Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise InputError(
-                    f"{file}: has {image.width}x{image.height} pixels, which is too many; make it smaller."
-                )
+                raise InputError(f"{file}: {TOO_LARGE}")
             yield image
     except InputError:
         raise
