@@ -304,7 +304,7 @@ def test_a_test_folder_is_brought_to_the_model_and_its_classes_go_by_name(traine
     command = ("evaluate", str(trained), "--attacks", "fgsm", "--json")
     status, out, _ = crdnd(*command, "--data", str(photos))
     whole = json.loads(out)["rows"][0]
-    (tmp_path / "half" / "another first").mkdir(parents=True)
+    (tmp_path / "half" / "without images").mkdir(parents=True)
     (tmp_path / "half" / "red").symlink_to(photos / "test" / "red")
     status, out, err = crdnd(*command, "--data", "half")
     assert status == 0, err
