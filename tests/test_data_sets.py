@@ -619,8 +619,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
         read_splits(tmp_path / "b")
     save_classes(tmp_path / "c" / "train", 4, size=(5, 9, 1))
     save_classes(tmp_path / "c" / "test", 4)
-    with pytest.raises(InputError, match="images in colour beside training images in grey"):
-        read_splits(tmp_path / "c")
+    assert read_splits(tmp_path / "c").test.shape == (1, 5, 9), "beside grey training images colours become grey"
     save_classes(tmp_path / "d" / "val", 4)
     with pytest.raises(InputError, match="has val but no train"):
         read_splits(tmp_path / "d")

@@ -35,6 +35,15 @@ DataOption = Annotated[
     typer.Option("--data", help="Data set of `crdnd data list`, a folder of images, .npz, or hf:OWNER/NAME."),
 ]
 
+ImagesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        help="A folder of your own images, train/CLASS/ and test/CLASS/; what is not given is chosen for them.",
+    ),
+]
+
 
 def _use_data_folder(folder: Path | None) -> Path | None:
     """Let this process and those that it starts find named sets there; no recipe and no run keeps the place."""

@@ -15,6 +15,7 @@ from crdnd.cli.doctor import doctor_command
 from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
 from crdnd.cli.lists import list_command
+from crdnd.cli.predict import predict_command
 from crdnd.cli.recipes import recipes_command
 from crdnd.cli.runs import runs_command, status_command, watch_command
 from crdnd.cli.train import distill_command, train_command
@@ -32,6 +33,7 @@ app.command("train")(train_command)
 app.command("distill")(distill_command)
 app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
+app.command("predict")(predict_command)
 app.command("compare")(compare_command)
 app.command("runs")(runs_command)
 app.command("status")(status_command)

@@ -76,8 +76,9 @@ def evaluate_command(
 ) -> None:
     """Measure natural and robust accuracy on test data, and the worst case of every sample.
 
-    Data and threat model are those that the model was trained for, unless given. Without --preset and --attacks, the
-    four attacks of the field's tables run; believe a model's robustness after the preset full.
+    Data and threat model are those that the model was trained for, unless given. A folder's images are brought to the
+    size that the model takes, and its classes are told by the names of their folders. Without --preset and --attacks,
+    the four attacks of the field's tables run; believe a model's robustness after the preset full.
 
     Examples:
 
@@ -92,11 +93,11 @@ def evaluate_command(
         accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
     from crdnd.config import Frozen, build, parse_number
-    from crdnd.data import load_test
+    from crdnd.data import load_test, with_classes
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, resolve_model
+    from crdnd.models import ModelCard, Normalized, input_shape, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -140,7 +141,12 @@ def evaluate_command(
         raise InputError(f"engine: must be own or reference, got {engine!r}.")
     if engine == "reference":
         attack_plan = reference(attack_plan, settings.seed)
-    test = first(load_test(settings.data, settings.split_seed, image_size=settings.image_size), n, settings.data)
+    # Of an architecture that is given by name the size is only recorded.
+    shape = None if card.architecture is None and isinstance(network, Normalized) else input_shape(network)
+    test = load_test(settings.data, settings.split_seed, image_size=settings.image_size, model_shape=shape)
+    if card.class_names:
+        test = with_classes(test, card.class_names)
+    test = first(test, n, settings.data)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
@@ -192,11 +198,14 @@ def _attack_settings(found: Any, named: dict[str, dict[str, Any]] | None) -> Any
 
 def _fill_from_card(values: dict[str, Any], card: Any) -> None:
     """Take data and threat model from the model's card where they were not given."""
+    from crdnd.data import PREFIX, data_names
     from crdnd.recipe import merge
 
     if "data" not in values:
         if not card.data:
             raise InputError("data: this model does not say what it was trained on; give --data.")
+        if not (card.data in data_names() or card.data.startswith(PREFIX) or Path(card.data).exists()):
+            raise InputError(f"data: the model was trained on data called {card.data!r}; say where with --data PATH.")
         values["data"] = card.data
     if values["data"] == card.data:
         values.setdefault("split_seed", card.split_seed)

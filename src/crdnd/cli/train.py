@@ -1,7 +1,10 @@
 """`crdnd train` and `crdnd distill`."""
 
+import shlex
+import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +15,7 @@ from crdnd.cli._common import (
     EpochsOption,
     EpsOption,
     FreshOption,
+    ImagesOption,
     JsonOption,
     ModelOption,
     NamedRecipeOption,
@@ -29,6 +33,7 @@ from crdnd.cli._common import (
     settings_of,
     showing,
 )
+from crdnd.cli._images import check_folder, teacher_of, with_defaults
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ SaveOption = Annotated[
 def train_command(
     recipe: NamedRecipeOption = None,
     assignments: SetOption = None,
+    images: ImagesOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
@@ -74,6 +80,8 @@ def train_command(
         crdnd train --objective trades --model cnn --set model.width=32 --eps 0.1 --out runs/teacher
 
         crdnd train --recipe teacher.yaml --epochs 30
+
+        crdnd train --images photos --out runs/teacher
     """
     options = given(
         data=data, model__name=model, objective__name=objective, threat__eps=eps, threat__norm=norm, epochs=epochs,
@@ -83,12 +91,15 @@ def train_command(
     settings = settings_of(recipe, assignments, options)
     if settings.get("teacher") is not None:
         raise InputError("teacher: `crdnd train` uses none; the command with a teacher is `crdnd distill`.")
+    if check_folder(images, settings):
+        settings = with_defaults({**settings, "data": images}, "teacher")
     _do(settings, fresh=fresh, json=json)
 
 
 def distill_command(
     recipe: NamedRecipeOption = None,
     assignments: SetOption = None,
+    images: ImagesOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
     teacher: TeacherOption = None,
@@ -118,7 +129,13 @@ def distill_command(
     The teacher's natural accuracy on validation images is measured first. At chance level it is refused, with the
     likely cause (normalisation, [0, 255] inputs, order of channels or classes); `crdnd check-teacher` measures alone.
 
+    With --images nothing else is needed: what is not given is chosen for these images and said, a method too. Without
+    --teacher a suitable one is trained first, into the folder OUT-teacher; the same command goes on with whichever of
+    the two runs was stopped. docs/your_own_images.md is a walk-through.
+
     Examples:
+
+        crdnd distill --images photos --out runs/student
 
         crdnd distill --teacher runs/teacher --objective rslad --model cnn --eps 0.1 --out runs/student
 
@@ -133,6 +150,11 @@ def distill_command(
         deterministic=deterministic, levers__compile=compile_networks, save_every_steps=save_every_steps, out=out,
     )  # fmt: skip
     settings = settings_of(recipe, assignments, options)
+    if check_folder(images, settings):
+        given_settings = {**settings, "data": images}
+        settings = with_defaults(given_settings, "student")
+        if settings.get("teacher") is None:
+            settings = {**settings, "teacher": _train_teacher(settings, given_settings, fresh=fresh)}
     if settings.get("teacher") is None:
         raise InputError("teacher: give one with --teacher; the command without a teacher is `crdnd train`.")
     _do(settings, fresh=fresh, json=json)
@@ -141,26 +163,44 @@ def distill_command(
 REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "out": "--out"}
 
 
-def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
-    from crdnd.engine.processes import processes
-    from crdnd.recipe import make_recipe
+def _train_teacher(settings: dict[str, Any], given_settings: dict[str, Any], *, fresh: bool) -> str:
+    """Train the teacher that is missing, or go on with it. Returns its folder."""
+    _check_required(settings)
+    run = _run(teacher_of(settings, given_settings), fresh=fresh)
+    state = "was trained before" if run.reused else "is trained"
+    print(f"the teacher {state}; now the student is, in {settings['out']}", file=sys.stderr)
+    return str(run.folder)
 
+
+def _check_required(settings: dict[str, Any]) -> None:
     for key, option in REQUIRED.items():
         if key not in settings:
             raise InputError(f"{key}: this setting is required; give it with {option} or in a recipe.")
+
+
+def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
+    from crdnd.engine.processes import processes
+
+    run = _run(settings, fresh=fresh)
+    if processes().is_main_process:
+        _report(run, settings, json=json)
+
+
+def _run(settings: dict[str, Any], *, fresh: bool) -> "Run":
+    from crdnd.engine.processes import processes
+    from crdnd.recipe import make_recipe
+
+    _check_required(settings)
     if find_spec("tensorboard") is not None:
         # Not the setting's own default: to import it takes half a second, which every process of a comparison, every
         # estimate and every short run of a script would pay.
         settings.setdefault("trackers", ["tensorboard"])
     recipe = make_recipe(settings)
-    speaks = processes().is_main_process
-    with showing(recipe.objective.name) if speaks else nullcontext() as listener:
-        run = recipe.run(fresh=fresh, listener=listener)
-    if speaks:
-        _report(run, json=json)
+    with showing(recipe.objective.name) if processes().is_main_process else nullcontext() as listener:
+        return recipe.run(fresh=fresh, listener=listener)
 
 
-def _report(run: "Run", *, json: bool) -> None:
+def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
     from crdnd.models import read_card
 
     card = read_card(run.folder)
@@ -183,4 +223,6 @@ def _report(run: "Run", *, json: bool) -> None:
         f"{run.folder}: {'already finished, reused' if run.reused else 'done'}. Best epoch {run.best_epoch} of ", end=""
     )
     print(f"{len(run.history)}: validation clean {best.clean.percent:.1f}%, robust {best.robust.percent:.1f}%.")
-    print(f"Measure it under attack on test data: crdnd evaluate {run.folder}")
+    data = str(settings.get("data") or "")
+    where = f" --data {shlex.quote(data)}" if Path(data).is_dir() else ""
+    print(f"Measure it under attack on test data: crdnd evaluate {run.folder}{where}")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment, augmentation_names
-from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified
-from crdnd.data._files import LAYOUTS, read_images, refuse_image_size
+from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes
+from crdnd.data._files import LAYOUTS, read_images, refuse_image_size, training_folder
 from crdnd.data._hub import PREFIX, read_hub
+from crdnd.data._images import image_files, image_shape, read_image, stacked
 from crdnd.data._named import HELD_OUT, VARIABLE, DataInfo, data_folder
 from crdnd.data._own import read_splits
 from crdnd.data._stream import StreamedData
@@ -17,6 +18,7 @@ from crdnd.errors import InputError, did_you_mean
 
 __all__ = [
     "HELD_OUT",
+    "PREFIX",
     "VARIABLE",
     "Augmentation",
     "DataInfo",
@@ -29,12 +31,18 @@ __all__ = [
     "augmentation_names",
     "data_folder",
     "data_names",
+    "image_files",
+    "image_shape",
     "load_data",
     "load_info",
     "load_test",
+    "read_image",
     "read_images",
     "read_splits",
+    "stacked",
     "stratified",
+    "training_folder",
+    "with_classes",
 ]
 
 
@@ -77,7 +85,11 @@ def load_info(name: str) -> DataInfo:
 
 
 def load_test(
-    spec: str, split_seed: int = 0, data_dir: str | Path | None = None, image_size: int | None = None
+    spec: str,
+    split_seed: int = 0,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    model_shape: tuple[int, int, int] | None = None,
 ) -> ImageData:
     """Test data by name, from files, or from the Hugging Face hub.
 
@@ -86,6 +98,7 @@ def load_test(
         split_seed: which split of a named set.
         data_dir: as for `load_data`.
         image_size: as for `load_data`.
+        model_shape: as for `read_images`.
 
     Raises:
         InputError: there is neither, or the set has no test split.
@@ -96,7 +109,7 @@ def load_test(
             raise InputError(f"data {spec}: has no test split; give a path to the images.")
         return test
     if spec and Path(spec).exists():
-        return read_images(spec, image_size)
+        return read_images(spec, image_size, model_shape)
     raise _neither(spec)
 
 

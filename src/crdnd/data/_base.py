@@ -148,6 +148,8 @@ class Splits:
     test: ImageData | None = None
     split_seed: int = 0
     """Which of a named set's splits this is."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read, each with the reason."""
 
     @cached_property
     def sha256(self) -> str:
@@ -158,6 +160,31 @@ class Splits:
 def in_colour(data: ImageData) -> ImageData:
     """The same data with grey images (1, H, W) repeated to (3, H, W); colour images as they are."""
     return replace(data, x=data.x.expand(-1, 3, -1, -1)) if data.shape[0] == 1 else data
+
+
+def with_classes(data: ImageData, class_names: Sequence[str]) -> ImageData:
+    """The same data with labels that count in these classes: names decide, not the order in which the data has them.
+
+    Where either side has numbers for names, and these are not among the other's, labels stay as they are. Classes
+    without images may be missing.
+
+    Raises:
+        InputError: the data has images of a class that is not among these.
+    """
+    names, wanted = data.class_names, tuple(class_names)
+    place = {name: label for label, name in enumerate(wanted)}
+    odd = [names[label] for label in data.y.unique().tolist() if names[label] not in place]
+    if names == wanted or len(place) < len(wanted) or (odd and (_are_numbers(names) or _are_numbers(wanted))):
+        return data
+    if odd:
+        some = ", ".join(wanted[:5]) + (", ..." if len(wanted) > 5 else "")
+        raise InputError(f"{data.name}: has images of the class {odd[0]!r}, which is none of {some}.")
+    labels = torch.tensor([place.get(name, -1) for name in names], device=data.y.device)[data.y]
+    return replace(data, y=labels, num_classes=len(wanted), class_names=wanted)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(label) for label in range(len(names))]
 
 
 def stratified(y: Tensor, sizes: Sequence[int], *names: str | int) -> list[Tensor]:

@@ -1,13 +1,12 @@
 """Images for evaluation from files: an .npz, a folder with a subfolder per class, or the files of a published set."""
 
+import logging
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +15,28 @@ from numpy.typing import NDArray
 from crdnd import registry
 from crdnd.data._base import ImageData
 from crdnd.data._cifar import is_python_file, read_binary_file, read_python_file
+from crdnd.data._images import SUFFIXES, Size, image_files, image_shape, is_hidden, read_image
 from crdnd.data._named import DataInfo, Layout
-from crdnd.data._stream import Bytes, StreamedData
+from crdnd.data._stream import StreamedData
 from crdnd.errors import InputError, first_line
 
-if TYPE_CHECKING:
-    import PIL.Image
+log = logging.getLogger("crdnd")
 
+Shape = tuple[int, int, int]
 LAYOUTS = (
     "an .npz file with x and y, a folder with a subfolder of images per class, or the files of CIFAR, SVHN, "
     "Tiny-ImageNet or in MNIST's idx format"
 )
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# Named, because Pillow also knows formats that other programs are started for.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 # What the folders of splits are called, and which split each one is.
 SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test",
 }  # fmt: skip
-GREY, GREY_16 = ("1", "L", "LA", "La"), ("I", "I;16", "I;16B", "I;16L", "I;16N")
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which a folder is read into memory; a larger one is decoded as it is used."""
-COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
 
 
-def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
+def read_images(path: str | Path, image_size: int | None = None, model_shape: Shape | None = None) -> ImageData:
     """Read evaluation data from a path; what it is follows from what lies there.
 
     - `.npz`: images under `x` or `images`, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or floating point in [0, 1];
@@ -49,9 +44,10 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
       not tell which one it is.
     - A folder with a subfolder per class, in the order of their sorted names; of the splits train, val and test, the
       test folder is read. Images of one size, unless `image_size` brings them to one; grey if all of them are,
-      otherwise RGB; 16 bits become 8 and transparency is dropped. The classes take turns, so that the first n images
-      are a fair sample. Beyond 256 MiB of decoded images the files stay where they are, and each batch is decoded
-      when it is asked for (`StreamedData`).
+      otherwise RGB; 16 bits become 8, photographs are turned upright, what is transparent becomes white. Files that
+      cannot be read are skipped with a warning; more than half of a class is refused. The classes take turns, so that
+      the first n images are a fair sample. Beyond 256 MiB of decoded images the files stay where they are, and each
+      batch is decoded when it is asked for (`StreamedData`).
     - The layout of a named set (CIFAR in its binary or its Python version, idx, SVHN, Tiny-ImageNet) with any number of
       images: the folder, or the one above it; its test part is read. Of CIFAR also a single file.
 
@@ -60,6 +56,7 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
     Args:
         path: the file or folder.
         image_size: of a folder's images: the shorter side is resized to so many pixels, the longer one cropped.
+        model_shape: (C, H, W) that a model takes, which a folder's images are brought to in the same way.
 
     Raises:
         InputError: there is nothing of this kind, or something in it is damaged or does not fit.
@@ -70,7 +67,7 @@ def read_images(path: str | Path, image_size: int | None = None) -> ImageData:
     if not path.exists():
         raise InputError(f"{path}: there is no such file or folder.")
     if path.is_dir():
-        return _read_folder(path, image_size)
+        return _read_folder(path, image_size, model_shape)
     refuse_image_size(image_size, path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
@@ -93,12 +90,12 @@ def published_layout(folder: Path) -> tuple[Layout, Path] | None:
     return None
 
 
-def _read_folder(folder: Path, image_size: int | None) -> ImageData:
+def _read_folder(folder: Path, image_size: int | None, model_shape: Shape | None) -> ImageData:
     if found := published_layout(folder):
         refuse_image_size(image_size, folder)
         layout, place = found
         return replace(layout.read(place, "test"), name=name_of(folder))
-    return _read_image_folder(folder, image_size)
+    return _read_image_folder(folder, image_size, model_shape)
 
 
 def refuse_image_size(image_size: int | None, path: Path) -> None:
@@ -204,12 +201,20 @@ def _class_names(file: Path, names: NDArray[Any] | None) -> tuple[str, ...]:
 # --- A folder of images -----------------------------------------------------------------------------------------------
 
 
-def _read_image_folder(folder: Path, image_size: int | None) -> ImageData:
+def _read_image_folder(folder: Path, image_size: int | None, model_shape: Shape | None) -> ImageData:
     parts = split_folders(folder)
     if parts and "test" not in parts:
         found = ", ".join(entry.name for entry in parts.values())
         raise InputError(f"{folder}: has {found} but no test; give the folder to be evaluated.")
-    return read_classes(parts.get("test", folder), name_of(folder), image_size)
+    size, channels = square(image_size), None
+    if model_shape is not None:
+        size, channels = size or model_shape[1:], model_shape[0]
+    return read_classes(parts.get("test", folder), name_of(folder), size, channels)[0]
+
+
+def square(image_size: int | None) -> Size | None:
+    """The (H, W) that an image size stands for."""
+    return None if image_size is None else (image_size, image_size)
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -218,8 +223,29 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return {SPLITS[name]: entry for name, entry in entries.items()} if set(entries) <= set(SPLITS) else {}
 
 
-def read_classes(folder: Path, name: str, image_size: int | None) -> ImageData:
-    """Images in a subfolder for each class; the classes take turns. As for `read_images`."""
+def training_folder(folder: Path) -> Path:
+    """Where the classes of the training data lie: the folder train in it, or the folder itself."""
+    return split_folders(folder).get("train", folder)
+
+
+def read_classes(
+    folder: Path, name: str, size: Size | None, channels: int | None = None, known: tuple[str, ...] = ()
+) -> tuple[ImageData, tuple[str, ...]]:
+    """Images in a subfolder for each class; the classes take turns.
+
+    Args:
+        folder: the folder of the classes.
+        name: what results call the data.
+        size: what the images are brought to.
+        channels: what they are brought to; by default grey if all of them are, otherwise RGB.
+        known: classes that there are besides those that have a folder.
+
+    Returns:
+        The data of all images that can be read, and why each other file was skipped.
+
+    Raises:
+        InputError: there are no images, they are of several sizes, or more than half of a class cannot be read.
+    """
     classes = subfolders(folder)
     if not classes:
         raise InputError(f"{folder}: has no subfolders; give {LAYOUTS}.")
@@ -229,14 +255,47 @@ def read_classes(folder: Path, name: str, image_size: int | None) -> ImageData:
     if not turns:
         raise InputError(f"{folder}: has no images ({', '.join(SUFFIXES)}) in its {len(classes)} subfolders.")
     files = [members[label][turn] for turn, label in turns]
+    names = tuple(dict.fromkeys([*(entry.name for entry in classes), *known]))
     y = torch.tensor([label for _, label in turns])
-    return from_files(folder, files, y, tuple(entry.name for entry in classes), name, image_size)
+    data, failed = from_files(folder, files, y, names, name, size, channels)
+    _warn_of(failed, files, y, names, folder)
+    return data, tuple(str(error) for error in failed.values())
+
+
+def _warn_of(
+    failed: dict[int, InputError], files: list[Path], y: torch.Tensor, names: tuple[str, ...], folder: Path
+) -> None:
+    """Say what was skipped; too much of a class is refused, because what is left may be another class."""
+    if not failed:
+        return
+    lost = y[list(failed)].bincount(minlength=len(names))
+    for label, (bad, count) in enumerate(zip(lost.tolist(), y.bincount(minlength=len(names)).tolist(), strict=True)):
+        if 2 * bad > count:
+            first = next(error for row, error in failed.items() if int(y[row]) == label)
+            raise InputError(
+                f"{folder / names[label]}: {bad} of its {count} images cannot be read; mend or remove them. The first "
+                f"one: {first}"
+            )
+    names_of = ", ".join(files[row].name for row in list(failed)[:3])
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    log.warning("%s: skips %d of %d images, which cannot be read: %s%s", folder, len(failed), len(y), names_of, more)
+    for error in failed.values():
+        log.warning("skipped %s", error)
 
 
 def from_files(
-    root: Path, files: list[Path], y: torch.Tensor, class_names: tuple[str, ...], name: str, image_size: int | None
-) -> ImageData:
+    root: Path,
+    files: list[Path],
+    y: torch.Tensor,
+    class_names: tuple[str, ...],
+    name: str,
+    size: Size | None = None,
+    channels: int | None = None,
+) -> tuple[ImageData, dict[int, InputError]]:
     """Images of one size, in memory up to 256 MiB of decoded images, otherwise streamed.
+
+    What goes into memory is decoded, and every file that cannot be is left out. Of what is streamed a file is left out
+    if its head cannot be read or it is cut off; damage in the middle is met in the run.
 
     Args:
         root: a folder that all files lie below.
@@ -244,137 +303,50 @@ def from_files(
         y: their labels.
         class_names: what the labels mean.
         name: what results call the data.
-        image_size: what their shorter side is resized to, and the longer one cropped; None leaves them as they are.
+        size: what all images are brought to; None leaves them as they are.
+        channels: likewise.
+
+    Returns:
+        The data without the files that cannot be read, and what is wrong with each of these, by their place in `files`.
     """
-    shape = _shape_of_all(files, image_size)
+    shapes: dict[int, tuple[int, int, int]] = {}
+    failed: dict[int, InputError] = {}
+    for row, file in enumerate(files):
+        try:
+            shapes[row] = image_shape(file, size, channels)
+        except InputError as error:
+            failed[row] = error
+    rows = list(shapes)
+    if not rows:
+        raise next(iter(failed.values()))
+    for row in rows:
+        if shapes[row][:2] != shapes[rows[0]][:2]:
+            (height, width, _), (first_height, first_width, _) = shapes[row], shapes[rows[0]]
+            raise InputError(
+                f"{files[row]}: is {width}x{height}, but {files[rows[0]]} is {first_width}x{first_height}; "
+                "bring all images to one size, or give image_size."
+            )
+    shape = (max(shape[2] for shape in shapes.values()), *shapes[rows[0]][:2])
     data = StreamedData(
-        torch.empty((len(files), *shape), dtype=torch.uint8, device="meta"),
-        y,
+        torch.empty((len(rows), *shape), dtype=torch.uint8, device="meta"),
+        y[rows],
         len(class_names),
         class_names,
         name,
         root=root,
-        files=[str(file.relative_to(root)) for file in files],
-        decode=partial(_read_image, image_size=image_size),
+        files=[str(files[row].relative_to(root)) for row in rows],
+        decode=partial(read_image, size=size, channels=channels),
     )
-    return data if data.x.numel() > IN_MEMORY else data.in_memory()
+    if data.x.numel() > IN_MEMORY:
+        return data, failed
+    decoded, damaged = data.what_decodes()
+    failed |= {rows[place]: error for place, error in damaged.items()}
+    return decoded, dict(sorted(failed.items()))
 
 
 def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
     try:
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}).") from None
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The images in a folder and below it, sorted; other kinds of files and hidden ones are passed over."""
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder).parts
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not any(_hidden(part) for part in inside):
-            yield file
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _shape_of_all(files: list[Path], image_size: int | None) -> tuple[int, ...]:
-    """(C, H, W) of images of one size; only their heads are read."""
-    first = _image_shape(files[0], image_size)
-    channels = first[2]
-    for file in files:
-        shape = _image_shape(file, image_size)
-        if shape[:2] != first[:2]:
-            raise InputError(
-                f"{file}: is {shape[1]}x{shape[0]}, but {files[0]} is {first[1]}x{first[0]}; "
-                "bring all images to one size, or give image_size."
-            )
-        channels = max(channels, shape[2])
-    return channels, *first[:2]
-
-
-def _image_shape(file: Path, image_size: int | None) -> tuple[int, ...]:
-    """(H, W, 1 or 3), as `_read_image` will give it."""
-    with _opened(file) as image:
-        width, height = (image_size, image_size) if image_size else image.size
-        return height, width, 1 if _is_grey(image, file) else 3
-
-
-def _read_image(file: Path, image_size: int | None = None) -> Bytes:
-    """One image as uint8 (H, W, 1) if its file is grey, otherwise (H, W, 3).
-
-    With an image size its shorter side is brought to that, and what the longer one has beyond is cut off at both ends.
-    """
-    with _opened(file) as image:
-        array = pixels_of(image, file)
-    return array if image_size is None else _resized(array, image_size)
-
-
-@contextmanager
-def _opened(file: Path) -> Generator["PIL.Image.Image"]:
-    """The image in a file; what goes wrong with it is an InputError."""
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: is not a readable image ({first_line(error)}).") from None
-
-
-def _resized(array: Bytes, size: int) -> Bytes:
-    from PIL import Image
-
-    height, width, _ = array.shape
-    scale = size / min(height, width)
-    rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    resized = np.array(image.resize((columns, rows), Image.Resampling.BILINEAR)).reshape(rows, columns, -1)
-    top, left = (rows - size) // 2, (columns - size) // 2
-    return resized[top : top + size, left : left + size]
-
-
-def stacked(images: Iterable[Bytes], names: Sequence[object]) -> torch.Tensor:
-    """Images (H, W, 1 or 3) of one size as uint8 (N, 1 or 3, H, W); `names` are for messages."""
-    arrays: list[Bytes] = []
-    for array, name in zip(images, names, strict=True):
-        if arrays and array.shape[:2] != arrays[0].shape[:2]:
-            (height, width), (first_height, first_width) = array.shape[:2], arrays[0].shape[:2]
-            raise InputError(
-                f"{name}: is {width}x{height}, but {names[0]} is {first_width}x{first_height}; "
-                "bring all images to one size."
-            )
-        arrays.append(array)
-    channels = max(array.shape[2] for array in arrays)
-    x = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
-    for place, array in zip(x, arrays, strict=True):
-        place[:] = array.transpose(2, 0, 1)  # one grey plane fills all three
-    return torch.from_numpy(x)
-
-
-def pixels_of(image: "PIL.Image.Image", name: object) -> Bytes:
-    """A Pillow image as uint8 (H, W, 1) if it is grey, otherwise (H, W, 3); `name` is for messages."""
-    if not _is_grey(image, name):
-        # Through RGBA, because Pillow warns of palettes with transparency otherwise.
-        return np.array((image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB"))
-    if image.mode in GREY_16:
-        return _from_16_bits(np.array(image), name)
-    return np.array(image.convert("L"))[:, :, None]
-
-
-def _is_grey(image: "PIL.Image.Image", name: object) -> bool:
-    if image.mode in (*GREY, *GREY_16):
-        return True
-    if image.mode not in COLOUR:
-        raise InputError(f"{name}: has pixels of the kind {image.mode}; save it as 8-bit grey or RGB.")
-    return False
-
-
-def _from_16_bits(values: NDArray[Any], name: object) -> Bytes:
-    wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise InputError(f"{name}: has pixels beyond 16 bits; save it as 8-bit grey or RGB.")
-    return ((wide + 128) // 257).astype(np.uint8)[:, :, None]

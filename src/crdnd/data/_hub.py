@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from crdnd.data._base import ImageData, Splits
-from crdnd.data._files import pixels_of, stacked
+from crdnd.data._images import pixels_of, stacked
 from crdnd.data._named import held_out
 from crdnd.errors import InputError, first_line
 

@@ -1,9 +1,10 @@
 """Training data of one's own: a path, split into training, validation and, where there is any, test data."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
-from crdnd.data._base import ImageData, Splits, in_colour
+from crdnd.data._base import ImageData, Splits, in_colour, with_classes
 from crdnd.data._files import (
     from_npz,
     name_of,
@@ -13,9 +14,12 @@ from crdnd.data._files import (
     read_images,
     refuse_image_size,
     split_folders,
+    square,
 )
 from crdnd.data._named import held_out
 from crdnd.errors import InputError
+
+log = logging.getLogger("crdnd")
 
 
 def read_splits(path: str | Path, split_seed: int = 0, image_size: int | None = None) -> Splits:
@@ -56,22 +60,46 @@ def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Split
             raise InputError(f"{place}: lacks {', '.join(missing)}.")
         train, test = (replace(layout.read(place, part), name=name) for part in ("train", "test"))
         return held_out(*_alike(train, test), split_seed)
-    parts = split_folders(folder)
+    parts, size = split_folders(folder), square(image_size)
     if not parts:
-        return held_out(read_classes(folder, name, image_size), None, split_seed)
+        train, skipped = read_classes(folder, name, size)
+        return replace(held_out(_with_images(train, folder), None, split_seed), skipped=skipped)
     if "train" not in parts:
         found = ", ".join(entry.name for entry in parts.values())
         raise InputError(f"{folder}: has {found} but no train; give a folder with training data.")
-    train = read_classes(parts["train"], name, image_size)
-    others = {part: read_classes(parts[part], name, image_size) for part in ("validation", "test") if part in parts}
-    for part, data in others.items():
-        if data.class_names != train.class_names:
-            odd = sorted(set(data.class_names) ^ set(train.class_names))[0]
-            raise InputError(f"{parts[part]}: its classes are not those of {parts['train']}; {odd} is in one only.")
-        others[part] = _like(data, train)
+    train, skipped = read_classes(parts["train"], name, size)
+    _with_images(train, parts["train"])
+    others: dict[str, ImageData] = {}
+    for part in ("validation", "test"):
+        if part in parts:
+            data, more = read_classes(parts[part], name, size, train.shape[0], train.class_names)
+            others[part] = _named(_like(data, train), train, parts[part], parts["train"])
+            skipped += more
     if "validation" in others:
-        return Splits(train, others["validation"], others.get("test"), split_seed)
-    return held_out(train, others.get("test"), split_seed)
+        return Splits(train, others["validation"], others.get("test"), split_seed, skipped)
+    return replace(held_out(train, others.get("test"), split_seed), skipped=skipped)
+
+
+def _with_images(train: ImageData, folder: Path) -> ImageData:
+    """Training data, or an InputError where a class has no images."""
+    counts = train.y.bincount(minlength=train.num_classes).tolist()
+    if 0 in counts:
+        raise InputError(
+            f"{folder / train.class_names[counts.index(0)]}: has no images; add some, or remove the folder."
+        )
+    return train
+
+
+def _named(data: ImageData, train: ImageData, folder: Path, train_folder: Path) -> ImageData:
+    """The data with the classes of the training data, which are told by the names of their folders."""
+    if odd := sorted(set(data.class_names) - set(train.class_names)):
+        raise InputError(f"{folder}: its classes are not those of {train_folder}; {odd[0]} is in one only.")
+    counts = data.y.bincount(minlength=data.num_classes).tolist()
+    here = {name for name, count in zip(data.class_names, counts, strict=True) if count}
+    if missing := [name for name in train.class_names if name not in here]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        log.warning("%s: has no images of the class %s%s; nothing is measured of it.", folder, missing[0], more)
+    return with_classes(data, train.class_names)
 
 
 def _like(data: ImageData, train: ImageData) -> ImageData:

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from crdnd.data._base import ImageData
+from crdnd.data._images import Bytes
 from crdnd.errors import InputError, RunError
 from crdnd.io import read_bytes
 from crdnd.random import permutation
 
-Bytes = NDArray[np.uint8]
 Decoder = Callable[[Path], Bytes]
 """A file to its image, uint8 (H, W, 1 or 3), or an InputError that names it."""
 
@@ -76,6 +75,18 @@ class StreamedData(ImageData):
         images = self._decoding(range(len(self))).images().to(self.device)
         return ImageData(images, self.y, self.num_classes, self.class_names, self.name)
 
+    def what_decodes(self) -> tuple[ImageData, dict[int, InputError]]:
+        """In memory, without the images that cannot be decoded, and what is wrong with each of these, by its row."""
+        decoding = self._decoding(range(len(self)))
+        failed = decoding.errors()
+        rows = torch.tensor([row for row in range(len(self)) if row not in failed], dtype=torch.int64)
+        if not len(rows):
+            raise next(iter(failed.values()))
+        images, y = decoding.decoded(), self.y
+        if failed:
+            images, y = images[rows], y[rows]
+        return ImageData(images.to(self.device), y, self.num_classes, self.class_names, self.name), failed
+
     def _decoding(self, rows: Sequence[int]) -> "_Decoding":
         return _Decoding([self.root / self.files[row] for row in rows], self.shape, self.decode)
 
@@ -112,24 +123,38 @@ class _Decoding:
 
     def __init__(self, files: list[Path], shape: tuple[int, ...], decode: Decoder) -> None:
         self._images = np.empty((len(files), *shape), dtype=np.uint8)
-        self._parts: list[Future[None]] = []
+        self._parts: list[Future[dict[int, InputError]]] = []
         for first in range(0, len(files), IMAGES_A_TASK):
             part = slice(first, first + IMAGES_A_TASK)
-            self._parts.append(_workers().submit(_decode_into, self._images[part], files[part], decode))
+            self._parts.append(_workers().submit(_decode_into, self._images[part], files[part], decode, first))
 
-    def images(self) -> Tensor:
-        """uint8 (B, C, H, W), once all of it is there."""
-        for part in self._parts:
-            part.result()
+    def errors(self) -> dict[int, InputError]:
+        """What is wrong with the files that cannot be decoded, by their place, once the others are there."""
+        return {row: error for part in self._parts for row, error in part.result().items()}
+
+    def decoded(self) -> Tensor:
+        """uint8 (B, C, H, W); what could not be decoded is arbitrary."""
         return torch.from_numpy(self._images)
 
+    def images(self) -> Tensor:
+        """uint8 (B, C, H, W), once all of it is there; the first error is raised."""
+        for error in self.errors().values():
+            raise error
+        return self.decoded()
 
-def _decode_into(images: Bytes, files: list[Path], decode: Decoder) -> None:
-    for place, file in zip(images, files, strict=True):
-        image = decode(file)
-        if image.shape[:2] != place.shape[1:] or image.shape[2] > len(place):
-            raise InputError(f"{file}: has another size or colours than it had at first.")
-        place[:] = image.transpose(2, 0, 1)  # one grey plane fills all three
+
+def _decode_into(images: Bytes, files: list[Path], decode: Decoder, first: int) -> dict[int, InputError]:
+    failed: dict[int, InputError] = {}
+    for row, (place, file) in enumerate(zip(images, files, strict=True), first):
+        try:
+            image = decode(file)
+            if image.shape[:2] != place.shape[1:] or image.shape[2] > len(place):
+                raise InputError(f"{file}: has another size or colours than it had at first.")
+        except InputError as error:
+            failed[row] = error
+        else:
+            place[:] = image.transpose(2, 0, 1)  # one grey plane fills all three
+    return failed
 
 
 @cache

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from crdnd.data._base import ImageData, in_colour
-from crdnd.data._files import from_files, image_files, subfolders
+from crdnd.data._files import from_files, subfolders
+from crdnd.data._images import image_files
 from crdnd.data._named import DataInfo, FileSet, Layout, Part
 from crdnd.errors import InputError, first_line
 
@@ -30,7 +31,10 @@ def read(folder: Path, part: Part) -> ImageData:
     label = {wnid: number for number, wnid in enumerate(ids)}
     y = torch.tensor([label[wnid] for _, wnid in files])
     name = folder.resolve().name or "data"
-    return in_colour(from_files(folder, [file for file, _ in files], y, _names(folder, ids), name, image_size=None))
+    data, failed = from_files(folder, [file for file, _ in files], y, _names(folder, ids), name)
+    for error in failed.values():
+        raise error  # a published set is whole
+    return in_colour(data)
 
 
 def find(folder: Path, name: str) -> Path | None:

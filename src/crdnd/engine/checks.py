@@ -1,5 +1,6 @@
 """A look at networks before hours are spent on them."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from crdnd.data import ImageData, Splits
 from crdnd.errors import InputError, first_line
 from crdnd.models import device_of, evaluating
 
+log = logging.getLogger("crdnd")
+
+IMBALANCED = 10
+"""How many times as many images the largest class has as the smallest one, before a run warns of it."""
 OTHER_SHAPE = "; a teacher made for other images needs teacher_input=[C, H, W], and the images are then resized for it"
 
 
@@ -54,6 +59,28 @@ def check_splits(splits: Splits) -> None:
     if validation.num_classes != train.num_classes:
         raise InputError(
             f"validation data has {validation.num_classes} classes, training data {train.num_classes}; they must agree."
+        )
+
+
+def say_classes(splits: Splits) -> None:
+    """Log how many images the classes have, and warn where they are too uneven to be learned or judged alike."""
+    names = splits.train.class_names
+    counts = splits.train.y.bincount(minlength=len(names))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    log.info(
+        "%d classes, with %d (%s) to %d (%s) training images",
+        len(names), counts[few], names[few], counts[many], names[many],
+    )  # fmt: skip
+    if counts[many] > IMBALANCED * counts[few]:
+        log.warning(
+            "the classes are imbalanced: %s has %.0f times as many training images as %s, and small classes are learned"
+            " badly; `crdnd evaluate --per-class` shows each one",
+            names[many], counts[many] / max(int(counts[few]), 1), names[few],
+        )  # fmt: skip
+    if absent := (splits.validation.y.bincount(minlength=len(names)) == 0).nonzero().flatten().tolist():
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        log.warning(
+            "no validation images of %s%s: the choice of the best weights does not see it", names[absent[0]], more
         )
 
 

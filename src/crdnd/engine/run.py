@@ -20,7 +20,7 @@ from crdnd import provenance
 from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
-from crdnd.engine.checks import check_networks, check_splits
+from crdnd.engine.checks import check_networks, check_splits, say_classes
 from crdnd.engine.history import Change, Epoch
 from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
@@ -259,12 +259,18 @@ def _run(
                 aside = move_aside(out)
             _remove_torn_writes(out)
             _open_run(out, settings, identity, checks, trainer.levers)
+            if splits.skipped:
+                _record(out, skipped=list(splits.skipped))
         shared.agree()
         threads = _open_run(out, settings, identity, checks, trainer.levers)
         reused = is_finished(out)
         with _logged(out) if shared.is_main else nullcontext(), _threads(threads), torch.random.fork_rng():
             if aside:
                 log.info("moved the old run to %s", aside)
+            if shared.is_main:
+                if splits.skipped:
+                    log.info("%d files cannot be read and are skipped; %s lists them", len(splits.skipped), RUN)
+                say_classes(splits)
             for check in checks if shared.is_main else ():
                 log.info("%s", check)
                 if check.warning:

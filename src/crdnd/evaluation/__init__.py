@@ -7,6 +7,7 @@ from crdnd.evaluation._runner import Listener, Step
 from crdnd.evaluation.compare import Difference, compare, paired_difference
 from crdnd.evaluation.examples import Example, examples
 from crdnd.evaluation.found import Found, load_adversarial
+from crdnd.evaluation.nearest import nearest_adversarial
 from crdnd.evaluation.result import Check, Protocol, Results, Row, load_results
 from crdnd.evaluation.run import Label, Prediction, combine, evaluate, make_protocol, predict, worst_case
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_adversarial",
     "load_results",
     "make_protocol",
+    "nearest_adversarial",
     "paired_difference",
     "predict",
     "preset",

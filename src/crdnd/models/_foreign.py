@@ -1,6 +1,7 @@
 """Models from elsewhere: what MODEL means, weights files of others, and ONNX files. No file's code is ever run."""
 
 import importlib
+import json
 import re
 import sys
 import warnings
@@ -21,6 +22,7 @@ from crdnd.models._named import fit, is_architecture, named_model
 from crdnd.models._published import unwrapped
 from crdnd.models._remote import is_remote, local_model, local_weights, remote_name
 from crdnd.models._spec import parse_spec
+from crdnd.threat import ThreatModel
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "student", "last")
@@ -66,6 +68,34 @@ class OnnxModel(nn.Module):
         """(C, H, W) of its images, where they are fixed."""
         channels, height, width = self._sizes[1:]
         return None if channels is None or height is None or width is None else (channels, height, width)
+
+    @property
+    def channels(self) -> int | None:
+        """Of its images, where they are fixed."""
+        return self._sizes[1]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the file's metadata say under `classes`, a JSON list; empty where they say nothing of the kind."""
+        found = self._metadata("classes")
+        if not isinstance(found, list):
+            return ()
+        names = cast("list[Any]", found)
+        return tuple(names) if all(isinstance(name, str) for name in names) else ()
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        """What it was trained to withstand, as the file's metadata say it under `threat`; None where they do not."""
+        try:
+            return ThreatModel.model_validate(self._metadata("threat"))
+        except ValueError:
+            return None
+
+    def _metadata(self, key: str) -> Any:
+        try:
+            return json.loads(self._session.get_modelmeta().custom_metadata_map.get(key, "null"))
+        except ValueError:
+            return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1], detached, on the device of the images."""
