@@ -18,7 +18,7 @@ from crdnd.cli._common import (
     given,
     print_json,
 )
-from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in, uses_teacher
+from crdnd.cli._runs import current_evaluation, held_out_images, saved_in, uses_teacher
 from crdnd.config import Frozen, build
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _run(
     from crdnd.engine import is_finished
     from crdnd.evaluation import combine, load_results
     from crdnd.io import atomic_write_text, exclusive, make_folder
+    from crdnd.models import EVALUATION
     from crdnd.report import findings, results_table
 
     reused = [] if fresh else [name for name in recipes if is_finished(out / name)]
@@ -125,7 +126,7 @@ def train_and_evaluate(
     """One run of the demo, in a process of its own: train, attack both checkpoints, write `evaluation.json`."""
     from crdnd.evaluation import Label, combine, evaluate, make_protocol
     from crdnd.io import atomic_write_text
-    from crdnd.models import weights_sha256
+    from crdnd.models import EVALUATION, weights_sha256
 
     test = held_out_images(recipe)
     run = recipe.run(fresh=fresh, listener=lambda progress: report(progress.step, progress.steps))

@@ -1,6 +1,6 @@
 """`crdnd train` and `crdnd distill`."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,6 +144,7 @@ REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "
 def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
     from crdnd.engine.processes import processes
     from crdnd.recipe import make_recipe
+    from crdnd.report import write_model_card
 
     for key, option in REQUIRED.items():
         if key not in settings:
@@ -157,6 +158,8 @@ def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
     with showing(recipe.objective.name) if speaks else nullcontext() as listener:
         run = recipe.run(fresh=fresh, listener=listener)
     if speaks:
+        with suppress(InputError):  # a README that the user wrote stays
+            write_model_card(run.folder)
         _report(run, json=json)
 
 
