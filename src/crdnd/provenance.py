@@ -44,7 +44,9 @@ def commit() -> str | None:
 
 def command() -> str:
     """The command line that this process was started with."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    # `python -m crdnd` runs a file of that name in the folder of the package.
+    return shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
 
 
 _OUTSIDE = re.compile(r"(^|[=,@])(?:(?:~[\w.-]*|[A-Za-z]:)?[\\/]|(?:\.\.[\\/])+)(?:[^\\/=,]+[\\/])*(?=[^\\/])")
@@ -56,8 +58,8 @@ def without_places(value: Any) -> Any:
 
     Paths of this machine tell its user's name and are of no use to others; those below the current folder stay.
 
-    >>> without_places({"command": "crdnd train --out /home/ada/runs/x --set model.width=8", "data": "/srv/photographs"})
-    {'command': 'crdnd train --out x --set model.width=8', 'data': 'photographs'}
+    >>> without_places({"command": "crdnd train --recipe mine.yaml --out /home/ada/runs/x", "data": "/srv/photographs"})
+    {'command': 'crdnd train --recipe mine.yaml --out x', 'data': 'photographs'}
     """
     if isinstance(value, dict):
         return {

@@ -11,9 +11,7 @@ from crdnd.errors import InputError
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, or another model folder.")]
 LicenceOption = Annotated[
     str,
-    typer.Option(
-        "--license", help="Of the weights, as the Hub abbreviates it, such as apache-2.0; nothing by default."
-    ),
+    typer.Option("--license", help="Of the weights, as the Hub abbreviates it, such as apache-2.0."),
 ]
 
 

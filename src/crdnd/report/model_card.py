@@ -50,9 +50,7 @@ def model_card(folder: Path, *, licence: str = "", repository: str = "OWNER/NAME
         keep_trailing_newline=True,
     ).get_template("model_card.md.j2")
     return page.render(
-        front=yaml.safe_dump(
-            _front_matter(name, shown, licence, results, row), sort_keys=False, allow_unicode=True, width=1000
-        ),
+        front=_yaml(_front_matter(name, shown, licence, results, row)),
         mark=MARK,
         name=name,
         card=shown,
@@ -66,7 +64,7 @@ def model_card(folder: Path, *, licence: str = "", repository: str = "OWNER/NAME
         run=provenance.without_places(read_json(folder / RUN)) if (folder / RUN).exists() else {},
         exports=_exports(folder),
         repository=repository,
-        yaml=lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip(),
+        yaml=_yaml,
     )
 
 
@@ -127,6 +125,10 @@ def eps_in_words(eps: float) -> str:
     """As people write it: '8/255', or '0.1'."""
     levels = round(255 * eps)
     return f"{levels}/255" if levels and abs(255 * eps - levels) < 1e-6 else f"{eps:g}"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000).rstrip()
 
 
 def _measured(folder: Path, card: ModelCard) -> tuple[Results | None, Row | None]:
