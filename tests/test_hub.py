@@ -22,6 +22,8 @@ from hub import TOKEN, Hub
 from support import CLASSES, SHAPE, images
 
 torch.set_num_threads(1)
+# Of the client's own upload with its own HTTP library.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 X, Y = images(dtype=torch.float32), torch.arange(6) % CLASSES
 REPOSITORY = "ada/dots-rslad"
 
