@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crdnd.config import build
 from crdnd.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
     """Whether the method in these layers of a recipe looks at a teacher."""
+    from crdnd.config import build
     from crdnd.engine import Named
     from crdnd.engine.settings import AttackOverrides
     from crdnd.objectives import load_objective, needs_teacher

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import Field
 
 from crdnd.cli._common import (
     DataDirOption,
@@ -19,7 +18,6 @@ from crdnd.cli._common import (
     print_json,
 )
 from crdnd.cli._runs import current_evaluation, held_out_images, saved_in, uses_teacher
-from crdnd.config import Frozen, build
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,17 +27,6 @@ if TYPE_CHECKING:
 
 RESULTS, REPORT = "results.json", "report.html"
 GALLERY_SAMPLES, GALLERY_ATTACK = 4, "cw_inf"
-
-
-class Demo(Frozen):
-    """The document `crdnd.demo/1`."""
-
-    schema_: Literal["crdnd.demo/1"] = Field(default="crdnd.demo/1", alias="schema")
-    shared: dict[str, Any]
-    teacher: dict[str, Any]
-    student: dict[str, Any]
-    students: dict[str, dict[str, Any]]
-    attacks: tuple[str, ...]
 
 
 def demo_command(
@@ -62,8 +49,21 @@ def demo_command(
 
         crdnd demo --epochs 5 --out runs/quick
     """
+    from pydantic import Field
+
     from crdnd.attacks import load_attack
+    from crdnd.config import Frozen, build
     from crdnd.recipe import make_recipe, merge, read_yaml
+
+    class Demo(Frozen):
+        """The document `crdnd.demo/1`."""
+
+        schema_: Literal["crdnd.demo/1"] = Field(default="crdnd.demo/1", alias="schema")
+        shared: dict[str, Any]
+        teacher: dict[str, Any]
+        student: dict[str, Any]
+        students: dict[str, dict[str, Any]]
+        attacks: tuple[str, ...]
 
     packaged = Path(__file__).with_name("demo.yaml")
     source = recipe or packaged
