@@ -166,7 +166,7 @@ def test_the_command_without_a_command_shows_what_there_is(crdnd):
     assert all(command.split()[0] in shown.out for command in OPTIONS)
 
 
-SLOW_TO_IMPORT = ("torch", "numpy", "pydantic", "accelerate", "huggingface_hub", "plotly", "sklearn")
+SLOW_TO_IMPORT = ("torch", "numpy", "accelerate", "huggingface_hub", "plotly", "sklearn")
 
 
 def test_help_does_not_wait_for_what_is_slow_to_import(tmp_path):

@@ -53,8 +53,8 @@ def push_command(
 
         crdnd push runs/student ada/digits-rslad --license apache-2.0 --private
     """
-    from crdnd import __version__
     from crdnd.models import PAGE, parse_hub, push_files
+    from crdnd.provenance import package_versions
     from crdnd.report import published_files
 
     name, branch = parse_hub(repository)
@@ -70,7 +70,7 @@ def push_command(
         return
     branch = revision or branch
     spec = f"{name}@{branch}" if branch else name
-    print(push_files(spec, files, f"Pushed by crdnd {__version__}", private=private))
+    print(push_files(spec, files, f"Pushed by crdnd {package_versions()['crdnd']}", private=private))
 
 
 def pull_command(
