@@ -299,6 +299,12 @@ def test_train_makes_a_model_and_says_one_document(crdnd, tmp_path):
     assert card["command"] == "crdnd " + " ".join(command[:])
 
 
+def test_a_run_of_the_command_line_has_a_first_page(natural):
+    page = (natural / "README.md").read_text(encoding="utf-8")
+    assert "trained by `natural` on digits" in page
+    assert "robustness: not measured" in page
+
+
 def test_train_tells_people_what_to_do_next(crdnd, natural):
     command = ("train", "--objective", "natural", *TINY, *LINF, "--out", str(natural))
     shown = crdnd(*command)
