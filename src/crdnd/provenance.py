@@ -1,11 +1,13 @@
 """Where a file came from: versions, the commit, the command."""
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("crdnd", "torch", "accelerate", "numpy", "safetensors")
 
@@ -42,4 +44,38 @@ def commit() -> str | None:
 
 def command() -> str:
     """The command line that this process was started with."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    # `python -m crdnd` runs a file of that name in the folder of the package.
+    return shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
+
+
+_OUTSIDE = re.compile(r"(^|[=,@])(?:(?:~[\w.-]*|[A-Za-z]:)?[\\/]|(?:\.\.[\\/])+)(?:[^\\/=,]+[\\/])*(?=[^\\/])")
+_LOGIN = re.compile(r"(?<=://)[^/@]*@")
+
+
+def without_places(value: Any) -> Any:
+    """The same JSON value for readers elsewhere: of a path that leads out of the current folder its last name is left.
+
+    Paths of this machine tell its user's name and are of no use to others; those below the current folder stay.
+
+    >>> without_places({"command": "crdnd train --recipe mine.yaml --out /home/ada/runs/x", "data": "/srv/photographs"})
+    {'command': 'crdnd train --recipe mine.yaml --out x', 'data': 'photographs'}
+    """
+    if isinstance(value, dict):
+        return {
+            key: _command_without_places(item) if key == "command" and isinstance(item, str) else without_places(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _LOGIN.sub("", value) if "://" in value else _OUTSIDE.sub(r"\1", value)
+
+
+def _command_without_places(line: str) -> str:
+    try:
+        words = shlex.split(line)
+    except ValueError:  # no command that this package wrote
+        words = line.split()
+    return shlex.join(str(without_places(word)) for word in words)

@@ -14,6 +14,7 @@ from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
 from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
+from crdnd.cli.hub import card_command, pull_command, push_command
 from crdnd.cli.lists import list_command
 from crdnd.cli.predict import predict_command
 from crdnd.cli.recipes import recipes_command
@@ -41,6 +42,9 @@ app.command("watch")(watch_command)
 app.command("recipes")(recipes_command)
 app.command("estimate")(estimate_command)
 app.command("diff")(diff_command)
+app.command("card")(card_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 app.command("list")(list_command)
 app.command("doctor")(doctor_command)
 app.add_typer(data_app, name="data")

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crdnd.config import build
 from crdnd.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -13,11 +12,10 @@ if TYPE_CHECKING:
     from crdnd.evaluation import Results
     from crdnd.recipe import Recipe
 
-EVALUATION = "evaluation.json"
-
 
 def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
     """Whether the method in these layers of a recipe looks at a teacher."""
+    from crdnd.config import build
     from crdnd.engine import Named
     from crdnd.engine.settings import AttackOverrides
     from crdnd.objectives import load_objective, needs_teacher
@@ -51,6 +49,7 @@ def first(data: "ImageData", n: int | None, name: str) -> "ImageData":
 def current_evaluation(folder: Path, fingerprint: str, sha256s: Sequence[str]) -> "Results | None":
     """The evaluation in a run's folder, if it is of this protocol and of these models."""
     from crdnd.evaluation import load_results
+    from crdnd.models import EVALUATION
 
     try:
         results = load_results(folder / EVALUATION)

@@ -21,7 +21,7 @@ from crdnd.cli._common import (
     given,
     print_json,
 )
-from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in
+from crdnd.cli._runs import current_evaluation, held_out_images, saved_in
 from crdnd.errors import DivergenceError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ def measure_cell(report: Callable[[int, int], None], cell: "Cell", preset: str, 
     from crdnd.evaluation import Label, evaluate
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text
+    from crdnd.models import EVALUATION
 
     recipe = _chosen(cell)
     if recipe is None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import Field
 
 from crdnd.cli._common import (
     DataDirOption,
@@ -18,8 +17,7 @@ from crdnd.cli._common import (
     given,
     print_json,
 )
-from crdnd.cli._runs import EVALUATION, current_evaluation, held_out_images, saved_in, uses_teacher
-from crdnd.config import Frozen, build
+from crdnd.cli._runs import current_evaluation, held_out_images, saved_in, uses_teacher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,17 +27,6 @@ if TYPE_CHECKING:
 
 RESULTS, REPORT = "results.json", "report.html"
 GALLERY_SAMPLES, GALLERY_ATTACK = 4, "cw_inf"
-
-
-class Demo(Frozen):
-    """The document `crdnd.demo/1`."""
-
-    schema_: Literal["crdnd.demo/1"] = Field(default="crdnd.demo/1", alias="schema")
-    shared: dict[str, Any]
-    teacher: dict[str, Any]
-    student: dict[str, Any]
-    students: dict[str, dict[str, Any]]
-    attacks: tuple[str, ...]
 
 
 def demo_command(
@@ -62,8 +49,21 @@ def demo_command(
 
         crdnd demo --epochs 5 --out runs/quick
     """
+    from pydantic import Field
+
     from crdnd.attacks import load_attack
+    from crdnd.config import Frozen, build
     from crdnd.recipe import make_recipe, merge, read_yaml
+
+    class Demo(Frozen):
+        """The document `crdnd.demo/1`."""
+
+        schema_: Literal["crdnd.demo/1"] = Field(default="crdnd.demo/1", alias="schema")
+        shared: dict[str, Any]
+        teacher: dict[str, Any]
+        student: dict[str, Any]
+        students: dict[str, dict[str, Any]]
+        attacks: tuple[str, ...]
 
     packaged = Path(__file__).with_name("demo.yaml")
     source = recipe or packaged
@@ -91,6 +91,7 @@ def _run(
     from crdnd.engine import is_finished
     from crdnd.evaluation import combine, load_results
     from crdnd.io import atomic_write_text, exclusive, make_folder
+    from crdnd.models import EVALUATION
     from crdnd.report import findings, results_table
 
     reused = [] if fresh else [name for name in recipes if is_finished(out / name)]
@@ -125,7 +126,7 @@ def train_and_evaluate(
     """One run of the demo, in a process of its own: train, attack both checkpoints, write `evaluation.json`."""
     from crdnd.evaluation import Label, combine, evaluate, make_protocol
     from crdnd.io import atomic_write_text
-    from crdnd.models import weights_sha256
+    from crdnd.models import EVALUATION, weights_sha256
 
     test = held_out_images(recipe)
     run = recipe.run(fresh=fresh, listener=lambda progress: report(progress.step, progress.steps))

@@ -24,6 +24,7 @@ REQUIRED = {
     "jinja2": "reports",
     "pillow": "reports and images",
     "filelock": "run folders",
+    "huggingface_hub": "models of the hub",
 }
 OPTIONAL = {"tensorboard": "trackers: [tensorboard]", "datasets": "--data hf:OWNER/NAME"}
 

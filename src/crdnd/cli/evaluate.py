@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import Field
 
 from crdnd.cli._common import (
     MODEL_FORMS,
@@ -92,6 +91,8 @@ def evaluate_command(
 
         accelerate launch --num_processes 4 -m crdnd evaluate runs/student --preset standard
     """
+    from pydantic import Field
+
     from crdnd.config import Frozen, build, parse_number
     from crdnd.data import load_test, with_classes
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference

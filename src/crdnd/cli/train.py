@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,6 +189,7 @@ def _do(settings: dict[str, Any], *, fresh: bool, json: bool) -> None:
 def _run(settings: dict[str, Any], *, fresh: bool) -> "Run":
     from crdnd.engine.processes import processes
     from crdnd.recipe import make_recipe
+    from crdnd.report import write_model_card
 
     _check_required(settings)
     if find_spec("tensorboard") is not None:
@@ -196,8 +197,13 @@ def _run(settings: dict[str, Any], *, fresh: bool) -> "Run":
         # estimate and every short run of a script would pay.
         settings.setdefault("trackers", ["tensorboard"])
     recipe = make_recipe(settings)
-    with showing(recipe.objective.name) if processes().is_main_process else nullcontext() as listener:
-        return recipe.run(fresh=fresh, listener=listener)
+    speaks = processes().is_main_process
+    with showing(recipe.objective.name) if speaks else nullcontext() as listener:
+        run = recipe.run(fresh=fresh, listener=listener)
+    if speaks:
+        with suppress(InputError):  # a README that the user wrote stays
+            write_model_card(run.folder)
+    return run
 
 
 def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:

@@ -6,6 +6,8 @@ from crdnd.models._base import Architecture, Normalized, create_model, device_of
 from crdnd.models._exported import ExportedModel
 from crdnd.models._extras import TIMM
 from crdnd.models._folder import (
+    CARD,
+    WEIGHTS,
     ModelCard,
     is_model_folder,
     load_model,
@@ -17,23 +19,31 @@ from crdnd.models._folder import (
     weights_sha256,
 )
 from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
+from crdnd.models._hub import EVALUATION, EXPORTS, PAGE, Pulled, exported_files, parse_hub, pull_model, push_files
 from crdnd.models._named import NORMALIZATION
 from crdnd.models._remote import is_remote, local_model, remote_name
 from crdnd.models._spec import parse_spec
 
 __all__ = [
+    "CARD",
+    "EVALUATION",
+    "EXPORTS",
     "NORMALIZATION",
+    "PAGE",
     "TIMM",
+    "WEIGHTS",
     "Adapted",
     "Architecture",
     "ExportedModel",
     "ModelCard",
     "Normalized",
     "OnnxModel",
+    "Pulled",
     "adapted",
     "create_model",
     "device_of",
     "evaluating",
+    "exported_files",
     "fitted",
     "has_gradients",
     "input_shape",
@@ -45,8 +55,11 @@ __all__ = [
     "local_model",
     "model_names",
     "parameter_count",
+    "parse_hub",
     "parse_spec",
     "parse_tensors",
+    "pull_model",
+    "push_files",
     "read_card",
     "remote_name",
     "resolve_model",

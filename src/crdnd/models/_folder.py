@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crdnd.config import Frozen, build
 from crdnd.errors import InputError
-from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, read_json, read_verified, sha256
+from crdnd.io import atomic_write_bytes, atomic_write_text, json_object, make_folder, read_bytes, read_verified, sha256
 from crdnd.models._base import Architecture, Normalized, create_model
 from crdnd.threat import ThreatModel
 
@@ -88,10 +88,15 @@ def read_card(path: Path) -> ModelCard:
     file = path / CARD if path.is_dir() else path.with_suffix(".json")
     if not file.exists():
         raise InputError(f"{path}: is not a model folder, {file.name} is missing.")
-    content = read_json(file)
-    if content.get("schema") != "crdnd.model/1":
-        raise InputError(f"{file}: has the format {content.get('schema')!r}; this version reads crdnd.model/1.")
-    return build(ModelCard, content, where=str(file))
+    return parse_card(read_bytes(file), str(file))
+
+
+def parse_card(content: bytes, where: str) -> ModelCard:
+    """The card in a file's content; `where` is what messages call the file."""
+    document = json_object(content, where)
+    if document.get("schema") != "crdnd.model/1":
+        raise InputError(f"{where}: has the format {document.get('schema')!r}; this version reads crdnd.model/1.")
+    return build(ModelCard, document, where=where)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -3,19 +3,17 @@
 import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from crdnd.config import build
 from crdnd.download import Progress, cache_folder, download, read_url
-from crdnd.errors import InputError, RunError, first_line
-from crdnd.io import atomic_write_bytes, json_object
-from crdnd.models._folder import CARD, WEIGHTS, ModelCard
+from crdnd.errors import InputError, first_line
+from crdnd.io import atomic_write_bytes
+from crdnd.models._folder import CARD, WEIGHTS, parse_card
+from crdnd.models._hub import HUB, asking_hub, check_has_model, parse_hub
 
 log = logging.getLogger("crdnd")
 
-HUB = "hf:"
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -100,7 +98,7 @@ def _bring_card(spec: str, weights: Path) -> None:
             f"{url}: is a weights file without the card {card.name} of this package beside it ({first_line(error)}); "
             "give the architecture as the model, and this file as its weights."
         ) from None
-    named = build(ModelCard, json_object(content, beside), where=beside)
+    named = parse_card(content, beside)
     if named.sha256 != fragment.removeprefix("sha256=").lower():
         raise InputError(f"{beside}: is the card of another model, its sha256 is {named.sha256}.")
     atomic_write_bytes(card, content)
@@ -108,52 +106,14 @@ def _bring_card(spec: str, weights: Path) -> None:
 
 def _from_hub(spec: str) -> Path:
     """The folder of a model of the Hugging Face hub: two files of a repository, and no other one is looked at."""
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
-    if not found:
-        raise InputError(f"{spec}: a model of the hub is written as hf:owner/name, or hf:owner/name@revision.")
-    folder = Path(_quietly(lambda: _snapshot(spec, found[1], found[2])))
-    if missing := [name for name in (CARD, WEIGHTS) if not (folder / name).exists()]:
-        raise InputError(
-            f"{spec}: has no {missing[0]}; only model folders of this package are read from the hub. Weights of others "
-            "are given by their URL and sha256, with the architecture as the model."
+    repository, revision = parse_hub(spec)
+    with asking_hub(spec):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=[CARD, WEIGHTS], cache_dir=cache_folder() / "hub"
+            )
         )
+    check_has_model(spec, [path.name for path in folder.iterdir()])
     return folder
-
-
-def _snapshot(spec: str, repository: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return snapshot_download(
-            repository, revision=revision, allow_patterns=[CARD, WEIGHTS], cache_dir=cache_folder() / "hub"
-        )
-    except RevisionNotFoundError:
-        raise InputError(f"{spec}: there is no such revision.") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{spec}: there is no such model at the hub, or it is private.") from None
-    except HFValidationError as error:
-        raise InputError(f"{spec}: {first_line(error)}") from None
-    except LocalEntryNotFoundError:
-        raise RunError(f"{spec}: the hub cannot be reached, and the model is not in the cache.") from None
-    except HfHubHTTPError as error:
-        raise RunError(f"{spec}: the hub answers {first_line(error)}") from None
-
-
-def _quietly(body: Callable[[], str]) -> str:
-    """Run the body without the hub's own progress bars, which would mix with ours."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        return body()
-    disable_progress_bars()
-    try:
-        return body()
-    finally:
-        enable_progress_bars()
