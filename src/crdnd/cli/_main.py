@@ -14,6 +14,7 @@ from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
 from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
+from crdnd.cli.export import export_command
 from crdnd.cli.lists import list_command
 from crdnd.cli.recipes import recipes_command
 from crdnd.cli.runs import runs_command, status_command, watch_command
@@ -32,6 +33,7 @@ app.command("train")(train_command)
 app.command("distill")(distill_command)
 app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
+app.command("export")(export_command)
 app.command("compare")(compare_command)
 app.command("runs")(runs_command)
 app.command("status")(status_command)
