@@ -229,6 +229,7 @@ def showing_attacks(*, quiet: bool = False) -> Generator["AttackListener | None"
             )
             if not console.is_terminal and (step.column, step.attack) != said[-1]:
                 said.append((step.column, step.attack))
-                print(f"attacking with {name} ...", file=sys.stderr, flush=True)
+                if step.column != "clean":
+                    print(f"attacking with {name} ...", file=sys.stderr, flush=True)
 
         yield listen

@@ -1,5 +1,6 @@
 """ONNX graphs: the model's and the resize's, joined, with what they are in their metadata."""
 
+import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -40,13 +41,23 @@ def joined(core: Any, shape: Shape, metadata: Mapping[str, str]) -> Any:
     """
     import onnx.compose
 
-    front = _converted(traced(Fitting(shape), shape, any_size=True), INPUT, FITTED)
-    front = onnx.compose.add_prefix(front, "resize.", rename_inputs=False, rename_outputs=False)
+    front = onnx.compose.add_prefix(_resize(shape), "resize.", rename_inputs=False, rename_outputs=False)
     front.ir_version = core.ir_version
     whole = onnx.compose.merge_models(front, core, io_map=[(FITTED, FITTED)])
+    # Joining forgets how the open sizes were called.
+    for entry, names in ((whole.graph.input[0], ("batch", "", "height", "width")), (whole.graph.output[0], ("batch",))):
+        for side, name in zip(entry.type.tensor_type.shape.dim, names, strict=False):
+            if name:
+                side.dim_param = name
     whole.producer_name = "crdnd"
     onnx.helper.set_model_props(whole, dict(metadata))
     return whole
+
+
+@functools.cache
+def _resize(shape: Shape) -> Any:
+    """The ONNX model from `images` to `fitted`."""
+    return _converted(traced(Fitting(shape), shape, any_size=True), INPUT, FITTED)
 
 
 def _converted(program: ExportedProgram, source: str, target: str) -> Any:

@@ -18,7 +18,7 @@ from crdnd.evaluation import Listener, choose_attacks, evaluate
 from crdnd.export._int8 import quantised, twin_of
 from crdnd.export._measured import Verdicts, largest_difference, latencies, measured_of, probe
 from crdnd.export._onnx import check_packages, joined, onnx_graph
-from crdnd.export._program import INPUT, OUTPUT, Shape, Whole, folded, traced
+from crdnd.export._program import EXAMPLES, INPUT, OUTPUT, Shape, Whole, folded, traced
 from crdnd.export.document import Cost, Equality, Export, Quantisation, Share, remember
 from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, sha256
 from crdnd.models import adapted, fitted, has_gradients, input_shape, resolve_model, weights_sha256
@@ -118,10 +118,12 @@ def export_model(
             if to == "int8":
                 images = _calibration(cast("ImageData", training_data), calibration_images, seed, shape)
                 calibrated = len(images)
-                core = quantised(core, images, place)
-                content = joined(core, shape, about).SerializeToString()
-                twin = adapted(twin_of(graph, core), (channels, height, width), shape, "twin").to(device)
+                small = quantised(core, images, place)
+                content = joined(small, shape, about).SerializeToString()
+                twin = twin_of(graph, core, small, images[:EXAMPLES])
+                twin = adapted(twin, (channels, height, width), shape, "twin").to(device)
         make_folder(out.parent)
+        _document(out).unlink(missing_ok=True)  # it is about the file that was there before
         atomic_write_bytes(out, content)
     file = resolve_model(str(out)).to(device)
 

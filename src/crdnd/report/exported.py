@@ -17,7 +17,9 @@ def export_table(export: Export) -> Table:
         ),
         caption=Text(
             f"Intervals are 95%. Logits within {equality.largest_difference:.2g} of the model's on {equality.inputs} "
-            f"inputs{' before quantisation' if export.quantisation else ''}; {export.square_queries} queries of Square."
+            f"inputs{' before quantisation' if export.quantisation else ''}. (model): made by the model's gradients; "
+            f"{'(twin): by those of the dequantised twin; ' if export.quantisation else ''}square: "
+            f"{export.square_queries} queries. Times on {export.latency[0].threads} threads."
         ),
         box=box.SIMPLE,
         padding=0,
@@ -33,13 +35,13 @@ def export_table(export: Export) -> Table:
     for name, share in file.attacks.items():
         kind, _, attack = name.rpartition(":")
         own = None if kind == "twin" else model.attacks.get(attack)
-        words = {"model": f"{attack}, made on the model", "twin": f"{attack}, by its twin's gradients"}
+        words = {"model": f"{attack} (model)", "twin": f"{attack} (twin)"}
         table.add_row(words.get(kind, attack), _cell(own), _cell(share), "")
     table.add_row("worst case", _cell(model.worst_case), _cell(file.worst_case), _cost(export.cost_worst_case))
     if export.quantisation is not None:
         table.add_row("same class as the model", "", _cell(export.quantisation.agreeing), "")
     for line in export.latency:
-        name = f"ms an image, batch {line.batch}, {line.threads} threads"
+        name = f"ms an image, batch {line.batch}"
         table.add_row(name, f"{line.model:.3f}", f"{line.file:.3f}", f"{line.model / line.file:.2f} x as fast")
     return table
 
