@@ -330,6 +330,19 @@ def test_an_equal_file_stands_where_its_model_stands_and_that_is_on_record(tmp_p
     assert read_exports(folder) in ([again, once_more], [export, again, once_more])  # archives may differ in a date
 
 
+def test_data_of_another_size_are_measured_through_the_resize(tmp_path):
+    model = cnn()
+    x = torch.rand(70, 3, 13, 11, generator=generator(7))
+    with torch.no_grad():
+        y = model(fitted(x, SHAPE)).argmax(1)
+    y[:21] = (y[:21] + 1) % CLASSES
+    data = ImageData(x, y, num_classes=CLASSES)
+    export = exporting(model, tmp_path / "m.onnx", data=data)
+    assert export.accuracy.clean.correct == export.model_accuracy.clean.correct == 49
+    grey = ImageData(x[:, :1], y, num_classes=CLASSES)
+    refusal("images have 1 channels, the file would take 3", exporting, model, tmp_path / "n.onnx", data=grey)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

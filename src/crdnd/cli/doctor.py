@@ -25,7 +25,11 @@ REQUIRED = {
     "pillow": "reports and images",
     "filelock": "run folders",
 }
-OPTIONAL = {"tensorboard": "trackers: [tensorboard]", "datasets": "--data hf:OWNER/NAME"}
+OPTIONAL = {
+    "tensorboard": "trackers: [tensorboard]",
+    "datasets": "--data hf:OWNER/NAME",
+    "onnxscript": "crdnd export: [export]",
+}
 
 
 def doctor_command(json: JsonOption = False) -> None:

@@ -69,7 +69,4 @@ def _converted(program: ExportedProgram, source: str, target: str) -> Any:
             )  # fmt: skip
         except Exception as error:  # as for the tracer
             raise InputError(f"the model cannot be written as ONNX: {first_line(error)}") from None
-    proto = converted.model_proto
-    for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        del entry.metadata_props[:]  # where in the source of this machine it was computed
-    return proto
+    return converted.model_proto

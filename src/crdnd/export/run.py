@@ -90,6 +90,10 @@ def export_model(
         raise InputError("export: int8 needs training data to calibrate with; give training_data.")
     device, (channels, height, width) = data.device, data.shape
     shape = input_shape(model) or (channels, height, width)
+    if channels != shape[0]:
+        raise InputError(
+            f"data: the images have {channels} channels, the file would take {shape[0]}; give such images."
+        )
     seen = adapted(model, (channels, height, width), what="export")
     check_model(seen, data, "export")
     plan = choose_attacks(attacks)
