@@ -27,7 +27,7 @@ BASE = (
     "recipes",
     "models",
 )
-WAY = ("data", "attacks", "objectives", "engine", "evaluation", "report", "recipe", "cli")
+WAY = ("data", "attacks", "objectives", "engine", "evaluation", "export", "report", "recipe", "cli")
 LAYERS = {**dict.fromkeys(BASE, 0), **{name: rank for rank, name in enumerate(WAY, 1)}}
 # The front door and the command stand above everything.
 TOP = {"": len(WAY) + 1, "__main__": len(WAY) + 1}

@@ -89,6 +89,10 @@ OPTIONS = {
         "--norm", "--eps-sweep", "--per-class", "--batch-size", "--seed", "--save-adv", "--out", "--work", "--json",
     },
     "predict": {"--weights", "--top", "--distance", "--up-to", "--norm", "--json"},
+    "export": {
+        "--to", "--out", "--weights", "--data", "--data-dir", "--n", "--preset", "--square-queries", "--calibration",
+        "--eps", "--norm", "--seed", "--fresh", "--json",
+    },
     "compare": {
         "--recipe", "--set", "--objectives", "--student", "--teacher", "--seeds", "--data", "--data-dir", "--eps",
         "--norm",
@@ -137,7 +141,7 @@ FORMS = (
 def test_whatever_takes_a_model_says_all_that_a_model_may_be():
     commands = dict(typer.main.get_command(_main.app).commands)
     takers = {
-        "evaluate": "model", "predict": "model", "check-teacher": "teacher", "distill": "teacher",
+        "evaluate": "model", "predict": "model", "export": "model", "check-teacher": "teacher", "distill": "teacher",
         "compare": "teachers", "estimate": "teacher",
     }  # fmt: skip
     said = {

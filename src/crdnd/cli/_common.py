@@ -15,6 +15,8 @@ from crdnd.errors import InputError
 
 if TYPE_CHECKING:
     from crdnd.engine import Listener, Progress, TimeLeft
+    from crdnd.evaluation import Listener as AttackListener
+    from crdnd.evaluation import Step
     from crdnd.models import ModelCard
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; options win over it.")]
@@ -133,6 +135,31 @@ def card_of(spec: str, weights: str | None = None) -> "ModelCard | None":
     return read_card(place) if has_card(place) else None
 
 
+def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
+    """Take data and threat model from the model's card where they were not given."""
+    from crdnd.data import PREFIX, data_names
+    from crdnd.recipe import merge
+
+    if "data" not in values:
+        if not card.data:
+            raise InputError("data: this model does not say what it was trained on; give --data.")
+        if not (card.data in data_names() or card.data.startswith(PREFIX) or Path(card.data).exists()):
+            raise InputError(f"data: the model was trained on data called {card.data!r}; say where with --data PATH.")
+        values["data"] = card.data
+    if values["data"] == card.data:
+        values.setdefault("split_seed", card.split_seed)
+    threat = values.get("threat", {})
+    if not isinstance(threat, dict):
+        return  # the settings say what is wrong with it
+    if card.threat is not None:
+        # A norm alone would silently keep an eps that means something else in it.
+        if "norm" in threat and threat["norm"] != card.threat.norm and "eps" not in threat:
+            raise InputError(f"threat: the model's eps is for {card.threat.norm}; give --eps for {threat['norm']} too.")
+        values["threat"] = merge(card.threat.model_dump(), threat)
+    elif "eps" not in threat:
+        raise InputError("threat: this model does not say what it was trained to withstand; give --eps.")
+
+
 def print_json(document: str | dict[str, Any]) -> None:
     """The one document on standard output."""
     print(document if isinstance(document, str) else json.dumps(document, indent=1), flush=True)
@@ -191,3 +218,30 @@ def showing(name: str) -> Generator["Listener"]:
     finally:
         log.setLevel(level)
         log.removeHandler(handler)
+
+
+@contextmanager
+def showing_attacks(*, quiet: bool = False) -> Generator["AttackListener | None"]:
+    """A bar on standard error in a terminal; elsewhere a line for each attack, and each part of one, that begins."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if quiet:
+        yield None
+        return
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task, said = bar.add_task("natural images", total=None), [("clean", "clean")]
+
+        def listen(step: "Step") -> None:
+            name = step.column if step.attack == step.column else f"{step.column}: {step.attack}"
+            bar.update(
+                task, description=f"{name} ({step.number}/{step.rounds})", completed=step.done, total=step.samples
+            )
+            if not console.is_terminal and (step.column, step.attack) != said[-1]:
+                said.append((step.column, step.attack))
+                if step.column != "clean":
+                    print(f"attacking with {name} ...", file=sys.stderr, flush=True)
+
+        yield listen

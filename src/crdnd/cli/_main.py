@@ -15,6 +15,7 @@ from crdnd.cli.doctor import doctor_command
 from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
 from crdnd.cli.hub import card_command, pull_command, push_command
+from crdnd.cli.export import export_command
 from crdnd.cli.lists import list_command
 from crdnd.cli.predict import predict_command
 from crdnd.cli.recipes import recipes_command
@@ -35,6 +36,7 @@ app.command("distill")(distill_command)
 app.command("check-teacher")(check_teacher_command)
 app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)
+app.command("export")(export_command)
 app.command("compare")(compare_command)
 app.command("runs")(runs_command)
 app.command("status")(status_command)

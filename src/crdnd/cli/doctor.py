@@ -26,7 +26,11 @@ REQUIRED = {
     "filelock": "run folders",
     "huggingface_hub": "models of the hub",
 }
-OPTIONAL = {"tensorboard": "trackers: [tensorboard]", "datasets": "--data hf:OWNER/NAME"}
+OPTIONAL = {
+    "tensorboard": "trackers: [tensorboard]",
+    "datasets": "--data hf:OWNER/NAME",
+    "onnxscript": "crdnd export: [export]",
+}
 
 
 def doctor_command(json: JsonOption = False) -> None:

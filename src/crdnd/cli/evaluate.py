@@ -1,8 +1,6 @@
 """`crdnd evaluate`."""
 
-import sys
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,15 +18,17 @@ from crdnd.cli._common import (
     SetOption,
     WeightsOption,
     card_of,
+    fill_from_card,
     given,
     print_json,
     settings_of,
+    showing_attacks,
 )
 from crdnd.cli._runs import first
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
-    from crdnd.evaluation import Listener, Results, Step
+    from crdnd.evaluation import Results
 
 WORK = Path("runs/evaluations")
 
@@ -125,7 +125,7 @@ def evaluate_command(
     spec = str(values["model"])
     network = resolve_model(spec, weights)
     card = card_of(spec, weights) or ModelCard(schema="crdnd.model/1")
-    _fill_from_card(values, card)
+    fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False
     plan: Mapping[str, Any] = settings.attacks
@@ -160,7 +160,7 @@ def evaluate_command(
         if file is not None:
             make_folder(file.parent)  # before the work, so that its result is not lost
     state = processes()
-    with _showing(quiet=not state.is_main_process) as listener:
+    with showing_attacks(quiet=not state.is_main_process) as listener:
         results = evaluate(
             network.to(state.device),
             test,
@@ -195,57 +195,6 @@ def _attack_settings(found: Any, named: dict[str, dict[str, Any]] | None) -> Any
         raise InputError(f"attacks: must be a list of names or a mapping of names to settings, got {found!r}.")
     own: dict[str, Any] = found or {}
     return {name: own.get(name) or {} for name in named} if named else {key: own[key] or {} for key in own}
-
-
-def _fill_from_card(values: dict[str, Any], card: Any) -> None:
-    """Take data and threat model from the model's card where they were not given."""
-    from crdnd.data import PREFIX, data_names
-    from crdnd.recipe import merge
-
-    if "data" not in values:
-        if not card.data:
-            raise InputError("data: this model does not say what it was trained on; give --data.")
-        if not (card.data in data_names() or card.data.startswith(PREFIX) or Path(card.data).exists()):
-            raise InputError(f"data: the model was trained on data called {card.data!r}; say where with --data PATH.")
-        values["data"] = card.data
-    if values["data"] == card.data:
-        values.setdefault("split_seed", card.split_seed)
-    threat = values.get("threat", {})
-    if not isinstance(threat, dict):
-        return  # the settings say what is wrong with it
-    if card.threat is not None:
-        # A norm alone would silently keep an eps that means something else in it.
-        if "norm" in threat and threat["norm"] != card.threat.norm and "eps" not in threat:
-            raise InputError(f"threat: the model's eps is for {card.threat.norm}; give --eps for {threat['norm']} too.")
-        values["threat"] = merge(card.threat.model_dump(), threat)
-    elif "eps" not in threat:
-        raise InputError("threat: this model does not say what it was trained to withstand; give --eps.")
-
-
-@contextmanager
-def _showing(*, quiet: bool) -> Generator["Listener | None"]:
-    """A bar on standard error in a terminal; elsewhere a line for each attack, and each part of one, that begins."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    if quiet:
-        yield None
-        return
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task, said = bar.add_task("natural images", total=None), [("clean", "clean")]
-
-        def listen(step: "Step") -> None:
-            name = step.column if step.attack == step.column else f"{step.column}: {step.attack}"
-            bar.update(
-                task, description=f"{name} ({step.number}/{step.rounds})", completed=step.done, total=step.samples
-            )
-            if not console.is_terminal and (step.column, step.attack) != said[-1]:
-                said.append((step.column, step.attack))
-                print(f"attacking with {name} ...", file=sys.stderr, flush=True)
-
-        yield listen
 
 
 def _print(results: "Results") -> None:

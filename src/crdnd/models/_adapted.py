@@ -99,15 +99,20 @@ def _fitted(x: Tensor, rows: Tensor, columns: Tensor, channels: int) -> Tensor:
 
 
 def _interpolations(given: tuple[int, int], wanted: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The matrices (wanted, given) that scale and crop rows and columns, float64; identities where sizes agree."""
-    scale = min(given[0] / wanted[0], given[1] / wanted[1])
+    """The matrices (wanted, given) that scale and crop rows and columns, float64; identities where sizes agree.
+
+    Sizes become tensors before anything is computed with them, so that an exported graph takes images of any size.
+    """
+    heights, widths = (torch.scalar_tensor(size, dtype=torch.float64) for size in given)
+    scale = torch.minimum(heights / wanted[0], widths / wanted[1])
     rows, columns = (_interpolation(size, into, scale) for size, into in zip(given, wanted, strict=True))
     return rows, columns
 
 
-def _interpolation(size: int, wanted: int, scale: float) -> Tensor:
+def _interpolation(size: int, wanted: int, scale: Tensor) -> Tensor:
     """Along one side: `wanted` pixels, each `scale` given ones wide, from the middle. -> (wanted, size)."""
-    centres = (size - wanted * scale) / 2 + (torch.arange(wanted, dtype=torch.float64)[:, None] + 0.5) * scale
-    distance = (torch.arange(size, dtype=torch.float64) + 0.5 - centres).abs() / max(scale, 1)
+    spare = torch.scalar_tensor(size, dtype=torch.float64) - wanted * scale
+    centres = spare / 2 + (torch.arange(wanted, dtype=torch.float64)[:, None] + 0.5) * scale
+    distance = (torch.arange(size, dtype=torch.float64) + 0.5 - centres).abs() / scale.clamp(min=1)
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(dim=1, keepdim=True)

@@ -1,0 +1,156 @@
+"""`crdnd export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
+
+import typer
+
+from crdnd.cli._common import (
+    MODEL_FORMS,
+    DataDirOption,
+    DataOption,
+    EpsOption,
+    JsonOption,
+    NormOption,
+    SeedOption,
+    WeightsOption,
+    card_of,
+    fill_from_card,
+    given,
+    print_json,
+    showing_attacks,
+)
+from crdnd.cli._runs import first
+from crdnd.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from crdnd.data import ImageData, Splits
+    from crdnd.export.run import Format
+
+MEASURED = 1000
+Images = TypeVar("Images")
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_FORMS)],
+    to: Annotated[str, typer.Option("--to", help="onnx, program (torch.export), or int8 (ONNX, quantised).")],
+    out: Annotated[Path, typer.Option("--out", help="The file: .onnx, for a program .pt2. FILE.json lies beside it.")],
+    weights: WeightsOption = None,
+    data: DataOption = None,
+    data_dir: DataDirOption = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help=f"Measure on the first N images; else at most {MEASURED}.")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="Attacks, as for `crdnd evaluate`.")] = "quick",
+    square_queries: Annotated[
+        int, typer.Option("--square-queries", min=1, help="Queries of Square on the file itself.")
+    ] = 500,
+    calibration: Annotated[
+        int, typer.Option("--calibration", min=1, help="For int8: at most so many training images.")
+    ] = 512,
+    eps: EpsOption = None,
+    norm: NormOption = None,
+    seed: SeedOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Write over FILE.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a model to a file that predicts without this package, and measure that file under attack again.
+
+    Resize and normalisation are in the file; its input `images` takes any number of images of any size in [0, 1]. It
+    is refused unless its logits are those of the model. Data and threat model are those that the model was trained
+    for, unless given.
+
+    Examples:
+
+        crdnd export runs/student --to onnx --out student.onnx
+
+        crdnd export runs/student --to int8 --out student-int8.onnx --preset standard --square-queries 5000
+
+        crdnd export mypackage.nets:small --weights small.pt --data images.npz --eps 8/255 --to program --out small.pt2
+    """
+    from crdnd.config import Frozen, build
+    from crdnd.data import load_data, load_test
+    from crdnd.evaluation import preset as preset_of
+    from crdnd.evaluation import processes
+    from crdnd.export import export_model
+    from crdnd.models import ModelCard, device_of, resolve_model
+    from crdnd.threat import ThreatModel
+
+    class Settings(Frozen):
+        """What is measured, and how."""
+
+        data: str
+        split_seed: int = 0
+        threat: ThreatModel
+        seed: int = 0
+
+    plan = preset_of(preset)
+    network = resolve_model(model, weights).to(processes().device)
+    card = card_of(model, weights) or ModelCard(schema="crdnd.model/1")
+    values = given(data=data, threat__eps=eps, threat__norm=norm, seed=seed)
+    fill_from_card(values, card)
+    settings = build(Settings, values)
+    splits: Splits | None = None
+    if to == "int8" or data is None:
+        trained_on = card.data or settings.data
+
+        def load_splits(size: int | None) -> "Splits":
+            return load_data(trained_on, settings.split_seed, image_size=size)
+
+        splits = _sized(load_splits, network)
+    if splits is not None and data is None:
+        measured, split = (splits.test, "test") if splits.test else (splits.validation, "validation")
+    else:
+
+        def load_measured(size: int | None) -> "ImageData":
+            return load_test(settings.data, settings.split_seed, image_size=size)
+
+        measured, split = _sized(load_measured, network), "test"
+    measured = first(measured, n or min(MEASURED, len(measured)), settings.data)
+    place = Path(model)
+    with showing_attacks() as listener:
+        export = export_model(
+            network,
+            out,
+            cast("Format", to),
+            data=measured.to(device_of(network)),
+            threat=settings.threat,
+            attacks=plan.attacks,
+            training_data=splits.train if splits else None,
+            calibration_images=calibration,
+            square_queries=square_queries,
+            seed=settings.seed,
+            split=split,
+            class_names=card.class_names,
+            source=model,
+            folder=place if weights is None and place.is_dir() else None,
+            fresh=fresh,
+            listener=listener,
+        )
+    if json:
+        print_json(export.to_json().rstrip())
+        return
+    from rich.console import Console
+
+    from crdnd.report.exported import export_table
+
+    console = Console(highlight=False)
+    console.print(export_table(export))
+    console.print(f"{out} takes `{export.input}` and returns `{export.output}`; measured in {out}.json", soft_wrap=True)
+
+
+def _sized(load: "Callable[[int | None], Images]", network: "nn.Module") -> Images:
+    """Data as they are, or, where a folder's images have different sizes, resized to the squares that a model takes."""
+    from crdnd.models import input_shape
+
+    try:
+        return load(None)
+    except InputError as error:
+        shape = input_shape(network)
+        if "give image_size" not in str(error) or shape is None or shape[1] != shape[2]:
+            raise
+        return load(shape[1])
