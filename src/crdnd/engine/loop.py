@@ -152,12 +152,8 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         # Nothing of a sharded teacher can be folded or left out: this process has but a part of its weights.
         self._sharded = shared.count > 1 and settings.shard_teacher
-        share = torch.arange(self.batch_size // shared.count, device=device)
         needs = self.step_function.needs | attack_needs(attack)
-        self._memory = teacher_memory(
-            teachers, lambda: self.train_data.batch(share)[0], len(self.train_data), needs, settings, self.levers,
-            sharded=self._sharded,
-        )  # fmt: skip
+        self._memory = teacher_memory(len(self.train_data), needs, settings, self.levers, sharded=self._sharded)
 
         self.step = 0
         self.history: tuple[Epoch, ...] = ()
@@ -267,7 +263,8 @@ class Trainer:
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
         for group in self.optimizer.param_groups:
             group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
-        terms, views = self._within_memory(lambda: self._gradients(x, y, here, stream, progress, target), save=True)
+        same = here if kind == "none" else None
+        terms, views = self._within_memory(lambda: self._gradients(x, y, same, stream, progress, target), save=True)
         loss, passes = terms.total, self.step_function.passes
         if self.shared.count > 1:
             self._share()
@@ -285,16 +282,19 @@ class Trainer:
         self.step += 1
 
     def _gradients(
-        self, x: Tensor, y: Tensor, ids: Tensor, stream: Stream, progress: float, target: Tensor
+        self, x: Tensor, y: Tensor, ids: Tensor | None, stream: Stream, progress: float, target: Tensor
     ) -> tuple[LossTerms, Views]:
-        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
+        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from.
+
+        `ids` are those of samples that come back as they are; None where augmentation changes them.
+        """
         passes = self.step_function.passes
         passes.student = passes.teacher = 0
         # Micro-batches differ in size, and what a teacher says of an image may differ with it in the last bits.
         memory = self._memory if self.micro_batch is None else None
-        known = memory.recall(ids) if memory is not None else None
+        known = memory.recall(ids) if memory is not None and ids is not None else None
         batch = self.step_function.prepare(x, y, stream, progress, target, known, self.micro_batch)
-        if memory is not None and known is None:
+        if memory is not None and ids is not None and known is None:
             memory.keep(ids, batch.teachers)
         with self._worst_weights(batch):
             self.optimizer.zero_grad(set_to_none=True)
