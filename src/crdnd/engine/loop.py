@@ -65,6 +65,8 @@ log = logging.getLogger("crdnd")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_SAVES = 10.0
+MOST_SAVING = 0.01
+"""The part of a run's time that saving may take by default."""
 # What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
 GOOD, STEP = "good/", "step/done"
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
@@ -84,6 +86,15 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+
+
+def seconds_between_saves(took: float) -> float:
+    """How long a run goes on by default before it saves again, after a save that took so many seconds.
+
+    >>> seconds_between_saves(0.05), seconds_between_saves(0.5)
+    (10.0, 50.0)
+    """
+    return max(SECONDS_BETWEEN_SAVES, took / MOST_SAVING)
 
 
 class Trainer:
@@ -165,7 +176,7 @@ class Trainer:
         # The state at the end of the epoch before, where a run that turns NaN goes back to.
         self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
-        self._last_save, self._unsaved = 0.0, False
+        self._last_save, self._save_took, self._unsaved = 0.0, 0.0, False
 
     def fit(self) -> None:
         """Train to the end, from wherever the folder's checkpoint is.
@@ -480,7 +491,7 @@ class Trainer:
 
     def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
         every = self.settings.save_every_steps
-        late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
+        late = time.monotonic() - self._last_save > seconds_between_saves(self._save_took)
         # A signal reaches one process, and clocks differ: all save or none.
         stop, late = self.shared.agree(request.exit_code, main=late)
         due = self.step % every == 0 if every else ends_epoch and late
@@ -497,6 +508,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        started = time.monotonic()
         self._refuse_nan()
         self._refuse_nan_weights()
         tensors = self._tensors()
@@ -515,6 +527,7 @@ class Trainer:
             good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
             save_checkpoint(self.folder, checkpoint, tensors | good)
         self._last_save, self._unsaved = time.monotonic(), False
+        self._save_took = self._last_save - started
 
     def _refuse_nan_weights(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):

@@ -230,7 +230,8 @@ class TrainSettings(Frozen):
     save_every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
+        description="Save after every so many steps; by default at the end of an epoch, at most every 10 s "
+        "and for at most 1% of the time.",
     )
     trackers: tuple[str, ...] = Field(
         default=(),
