@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crdnd import ImageData, Splits, ThreatModel, create_model, distill, train
 from crdnd.data import augment
+from crdnd.engine import Progress, Run
 from crdnd.engine import levers as engine_levers
-from crdnd.engine.levers import Levers, Memory, checkpointed
+from crdnd.engine.levers import BATCHES_COMPARED, Levers, Memory, checkpointed
 from crdnd.engine.step import Step
 from crdnd.engine.weights import put_back, statistics
 from crdnd.errors import InputError
@@ -91,11 +92,13 @@ def test_a_run_says_what_became_of_its_levers(tmp_path):
         "fused_optimizer": "on",
         "fold": "on: 1 convolutions as products, 1 convolutions with channels last",
         "compile": "off",
-        "keep_teacher": "off: as set",
+        "keep_teacher": "off: no teacher is asked about natural images",
     }
     train(TinyNet(), splits(), out=tmp_path / "off", **settings(objective="trades", levers=PLAIN))
     report = found(tmp_path / "off")
     assert {report[name] for name in ("fused_optimizer", "fold", "keep_teacher")} == {"off: as set"}
+    distill(TinyNet(), splits(), teacher=TinyNet(seed=2), out=tmp_path / "taught", **settings())
+    assert found(tmp_path / "taught")["keep_teacher"] == "on: at most 64 MiB"
 
 
 def test_an_optimiser_without_a_fused_kernel_is_the_plain_one_and_says_so(tmp_path, monkeypatch, caplog):
@@ -116,19 +119,73 @@ def test_an_optimiser_without_a_fused_kernel_is_the_plain_one_and_says_so(tmp_pa
 # What teachers say of natural images
 
 
-def test_a_teacher_is_asked_about_an_image_once_and_nothing_changes(tmp_path):
-    runs, passes = [], []
-    for kept in (0, 1):
-        student, teacher = TinyNet(seed=1), TinyNet(seed=2)
-        common = settings(epochs=4, levers={"keep_teacher": kept})
-        run = distill(student, splits(), teacher=teacher, out=tmp_path / str(kept), **common)
-        runs.append(run.model.state_dict())
-        passes.append([epoch.teacher_passes for epoch in run.history])
-    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
-    # An image that the first epoch left out is new in the second, with all its batch; by the fourth none is.
-    assert passes[0] == [1, 1, 1, 1]
-    assert passes[1][0] == 1
-    assert sum(passes[1]) < 2.5
+class Asked(Recorder):
+    """A teacher that knows in which steps it was asked about a batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.steps: list[int] = []
+        self.halves = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        self.halves += len(x) == BATCH // 2
+        self.inputs = [one for one in self.inputs if len(one) == BATCH]  # others are probes
+        return z
+
+    def after_step(self, _: Progress) -> None:
+        self.steps.append(len(self.inputs) - sum(self.steps))
+
+
+def asked(out, **changes: Any) -> tuple[list[int], Run]:
+    """How often the teacher was asked in each step of a run, and the run."""
+    teacher = Asked(TinyNet(seed=2))
+    common = settings(**changes)
+    run = distill(TinyNet(seed=1), splits(), teacher=teacher, out=out, listener=teacher.after_step, **common)
+    return teacher.steps, run
+
+
+def test_a_teacher_is_asked_about_an_image_until_its_answer_is_sure_and_nothing_changes(tmp_path):
+    always, plain = asked(tmp_path / "0", epochs=12, levers={"keep_teacher": 0})
+    seldom, kept = asked(tmp_path / "1", epochs=12)
+    assert always == [1] * 36
+    # Four batches of images have to come out alike first; an image that an epoch left out is new with all its batch.
+    assert seldom[:6] == [1] * 6
+    assert sum(seldom[6:]) < 6
+    assert seldom[18:] == [0] * 18
+    assert all(torch.equal(plain.model.state_dict()[key], value) for key, value in kept.model.state_dict().items())
+    # Passes are those that the method asks for.
+    assert [epoch.teacher_passes for epoch in kept.history] == [epoch.teacher_passes for epoch in plain.history]
+
+
+def test_in_a_phase_with_augmentation_nothing_is_recalled(tmp_path):
+    phases = [{"name": "none", "until": 0.5}, {"name": "shift", "until": 0.75}, {"name": "none"}]
+    always, plain = asked(tmp_path / "0", epochs=24, augmentation=phases, levers={"keep_teacher": 0})
+    seldom, kept = asked(tmp_path / "1", epochs=24, augmentation=phases)
+    assert always == [1] * 72
+    assert seldom[18:] == [0] * 18 + [1] * 18 + [0] * 18
+    assert all(torch.equal(plain.model.state_dict()[key], value) for key, value in kept.model.state_dict().items())
+
+
+def test_a_run_that_goes_on_asks_again_and_ends_in_the_same_weights_and_passes(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 31:
+            raise StopError
+
+    common = settings(epochs=12, save_every_steps=1, objective="mtard", repair=True)
+    teachers: dict[str, Any] = {"teacher": TinyNet(seed=2), "second_teacher": TinyNet(seed=3)}
+    whole = distill(TinyNet(seed=1), splits(), out=tmp_path / "whole", **teachers, **common)
+    with pytest.raises(StopError):
+        distill(TinyNet(seed=1), splits(), out=tmp_path / "run", listener=stop, **teachers, **common)
+    # An older version kept nothing; that is no other run.
+    run = distill(
+        TinyNet(seed=1), splits(), out=tmp_path / "run", **teachers, **common, levers={"keep_teacher": 0}
+    )  # fmt: skip
+    assert all(torch.equal(whole.model.state_dict()[key], value) for key, value in run.model.state_dict().items())
+    assert [epoch.teacher_passes for epoch in run.history] == [epoch.teacher_passes for epoch in whole.history]
 
 
 def test_what_was_kept_of_whole_batches_is_not_used_in_micro_batches(tmp_path):
@@ -137,20 +194,21 @@ def test_what_was_kept_of_whole_batches_is_not_used_in_micro_batches(tmp_path):
 
         def forward(self, x: Tensor) -> Tensor:
             self.passes += self.training
-            if self.training and self.passes > 30 and len(x) > 2:
+            if self.training and self.passes > 80 and len(x) > 2:
                 raise torch.OutOfMemoryError("out of memory: Tried to allocate 2 GiB")
             return super().forward(x)
 
-    run = distill(
-        Narrow(seed=1), splits(), teacher=TinyNet(seed=2), out=tmp_path / "run",
-        **settings(epochs=20, levers={"keep_teacher": 1}),
+    teacher = Asked(TinyNet(seed=2))
+    distill(
+        Narrow(seed=1), splits(), teacher=teacher, out=tmp_path / "run", listener=teacher.after_step,
+        **settings(epochs=20),
     )  # fmt: skip
-    passes = [epoch.teacher_passes for epoch in run.history]
-    assert min(passes) == 0
-    assert passes[-1] == 1
     document = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [change["what"] for change in document["changes"]] == ["micro_batch"]
-    assert document["levers"]["keep_teacher"] == "on: at most 1 MiB"
+    (change,) = document["changes"]
+    assert change["what"] == "micro_batch"
+    assert teacher.steps[change["step"] - 5 : change["step"]] == [0] * 5
+    assert teacher.halves == 2 * (60 - change["step"])
+    assert document["levers"]["keep_teacher"] == "on: at most 64 MiB"
 
 
 class Neighbourly(TinyNet):
@@ -161,7 +219,7 @@ class Neighbourly(TinyNet):
 
 
 UNFIT: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], str]] = {
-    "neighbours": (Neighbourly, {}, "off: an image's answer depends on its place in the batch"),
+    "neighbours": (Neighbourly, {}, "off: an image's answer depends on the others of its batch"),
     "augmentation": (TinyNet, {"augmentation": "shift"}, "off: augmentation changes the images"),
     "slope": (TinyNet, {"attack": {"loss": "linear_teacher"}}, "off: the attack asks for its slope"),
     "one epoch": (TinyNet, {"epochs": 1}, "off: there is one epoch"),
@@ -172,21 +230,44 @@ UNFIT: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_cannot_be_kept_is_asked_again_in_every_epoch(name, tmp_path):
     make, changes, says = UNFIT[name]
-    common = settings(levers={"keep_teacher": 1}, **changes)
-    run = distill(TinyNet(seed=1), splits(), teacher=make(seed=2), out=tmp_path / "run", **common)
-    assert found(tmp_path / "run")["keep_teacher"] == says
-    assert len({epoch.teacher_passes for epoch in run.history}) == 1
+    runs = []
+    for kept in (0, 1):
+        common = settings(**{"epochs": 10} | changes, levers={"keep_teacher": kept})
+        run = distill(TinyNet(seed=1), splits(), teacher=make(seed=2), out=tmp_path / str(kept), **common)
+        runs.append(run.model.state_dict())
+    assert found(tmp_path / "1")["keep_teacher"] == says
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def memory_of(samples: int, bound: float = 1e6) -> tuple[Memory, Levers]:
+    levers = Levers()
+    return Memory(samples, bound, levers), levers
+
+
+def test_an_answer_is_recalled_when_enough_of_them_came_out_alike_in_other_batches():
+    (memory, levers), views = memory_of(6), images(6, (5,))
+    together = torch.tensor([4, 0, 2])
+    for count in range(2 + BATCHES_COMPARED):
+        assert (memory.recall(together) is None) == (count < 1 + BATCHES_COMPARED)
+        memory.keep(together, {"t_nat": views[together]})
+    assert levers.found == {}
+    changed = views[together] + torch.tensor([[0.0], [1e-12], [0.0]])
+    memory.keep(together, {"t_nat": changed})
+    assert memory.recall(together) is None
+    assert levers.found == {"keep_teacher": "off: an image's answer depends on the others of its batch"}
 
 
 def test_a_memory_keeps_views_of_natural_images_within_its_bound():
     ids = torch.tensor([4, 0, 2])
     views = {"t_nat": images(3, (5,)), "t_adv": images(3, (5,)), "t_nat_features": images(3, (2,))}
     size = 7 * (5 + 2) * 8
-    memory, full = Memory(7, size), Memory(7, size - 1)
+    (memory, levers), (full, said) = memory_of(7, size), memory_of(7, size - 1)
     for one in (memory, full):
-        assert one.recall(ids) is None
-        one.keep(ids, views)
+        for _ in range(1 + BATCHES_COMPARED):
+            assert one.recall(ids) is None
+            one.keep(ids, views)
     assert full.recall(ids) is None
+    assert (levers.found, said.found) == ({}, {"keep_teacher": "off: it would take 0.000374 MiB"})
     known = memory.recall(ids.flip(0))
     assert known is not None
     assert known.keys() == {"t_nat", "t_nat_features"}

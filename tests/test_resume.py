@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from crdnd import ImageData, Interrupted, Run, Splits, ThreatModel, create_model, distill
 from crdnd.cli import main
 from crdnd.engine import Progress, loop
-from crdnd.engine.checkpoint import read_checkpoint
+from crdnd.engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from crdnd.random import Stream
 from support import CLASSES, SHAPE, TinyNet, images
 
@@ -264,6 +265,23 @@ def stop_at(step: int) -> Any:
             raise StopError
 
     return listen
+
+
+def test_by_default_saving_takes_a_hundredth_of_the_time_at_most(tmp_path, monkeypatch):
+    now, saved = [0.0], list[int]()
+
+    def save(folder: Path, checkpoint: Checkpoint, tensors: Any) -> None:
+        save_checkpoint(folder, checkpoint, tensors)
+        saved.append(checkpoint.step)
+        now[0] += 1
+
+    def listen(_: Progress) -> None:
+        now[0] += 30
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    go("ard", tmp_path / "run", listen, save_every_steps=None, epochs=6)
+    assert saved == [3, 9, 15, 18]  # an epoch is 90 s, and 100 s are to lie between two saves
 
 
 def test_an_error_of_a_listener_ends_a_run_that_can_be_gone_on_with(alone, tmp_path):

@@ -241,6 +241,7 @@ def test_one_run_is_shown_in_full(tmp_path, capsys):
     assert status == 0
     assert "state    stopped\n" in shown
     assert "epoch    1 of 2, step 4 of 6\n" in shown
+    assert "lever    fused_optimizer on\n" in shown
     assert "learning rate" in shown
     status, _, said = command(capsys, "status", str(tmp_path))
     assert (status, said) == (2, f"error: {tmp_path}: holds no run; `crdnd runs` lists those that there are.\n")

@@ -78,6 +78,8 @@ def status_command(
     for name, value in facts.items():
         if value:
             print(f"{name:<8} {value}")
+    for name, fate in found.levers.items():
+        print(f"lever    {name} {fate}")
     for change in found.changes:
         print(f"changed  {change.what} {change.value:g} from step {change.step} on: {change.why}")
     if found.history:

@@ -65,6 +65,8 @@ log = logging.getLogger("crdnd")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_SAVES = 10.0
+MOST_SAVING = 0.01
+"""The part of a run's time that saving may take by default."""
 # What is kept of the end of the epoch before stands in a checkpoint behind this, and which step it was.
 GOOD, STEP = "good/", "step/done"
 # How often a device other than the CPU is asked whether the loss is still finite; asking stops its queue.
@@ -84,6 +86,15 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+
+
+def seconds_between_saves(took: float) -> float:
+    """How long a run goes on by default before it saves again, after a save that took so many seconds.
+
+    >>> seconds_between_saves(0.05), seconds_between_saves(0.5)
+    (10.0, 50.0)
+    """
+    return max(SECONDS_BETWEEN_SAVES, took / MOST_SAVING)
 
 
 class Trainer:
@@ -152,12 +163,8 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         # Nothing of a sharded teacher can be folded or left out: this process has but a part of its weights.
         self._sharded = shared.count > 1 and settings.shard_teacher
-        share = torch.arange(self.batch_size // shared.count, device=device)
         needs = self.step_function.needs | attack_needs(attack)
-        self._memory = teacher_memory(
-            teachers, lambda: self.train_data.batch(share)[0], len(self.train_data), needs, settings, self.levers,
-            sharded=self._sharded,
-        )  # fmt: skip
+        self._memory = teacher_memory(len(self.train_data), needs, settings, self.levers, sharded=self._sharded)
 
         self.step = 0
         self.history: tuple[Epoch, ...] = ()
@@ -169,7 +176,7 @@ class Trainer:
         # The state at the end of the epoch before, where a run that turns NaN goes back to.
         self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
-        self._last_save, self._unsaved = 0.0, False
+        self._last_save, self._save_took, self._unsaved = 0.0, 0.0, False
 
     def fit(self) -> None:
         """Train to the end, from wherever the folder's checkpoint is.
@@ -267,7 +274,8 @@ class Trainer:
         stream = Stream.of("train", self.settings.seed_for("attack"), epoch, ids=ids)
         for group in self.optimizer.param_groups:
             group["lr"] = self._highest_rate * learning_rate_factor(self.settings.schedule, progress)
-        terms, views = self._within_memory(lambda: self._gradients(x, y, here, stream, progress, target), save=True)
+        same = here if kind == "none" else None
+        terms, views = self._within_memory(lambda: self._gradients(x, y, same, stream, progress, target), save=True)
         loss, passes = terms.total, self.step_function.passes
         if self.shared.count > 1:
             self._share()
@@ -285,16 +293,19 @@ class Trainer:
         self.step += 1
 
     def _gradients(
-        self, x: Tensor, y: Tensor, ids: Tensor, stream: Stream, progress: float, target: Tensor
+        self, x: Tensor, y: Tensor, ids: Tensor | None, stream: Stream, progress: float, target: Tensor
     ) -> tuple[LossTerms, Views]:
-        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from."""
+        """Attack and look: the gradients of the batch's loss, and the terms and views that they came from.
+
+        `ids` are those of samples that come back as they are; None where augmentation changes them.
+        """
         passes = self.step_function.passes
         passes.student = passes.teacher = 0
         # Micro-batches differ in size, and what a teacher says of an image may differ with it in the last bits.
         memory = self._memory if self.micro_batch is None else None
-        known = memory.recall(ids) if memory is not None else None
+        known = memory.recall(ids) if memory is not None and ids is not None else None
         batch = self.step_function.prepare(x, y, stream, progress, target, known, self.micro_batch)
-        if memory is not None and known is None:
+        if memory is not None and ids is not None and known is None:
             memory.keep(ids, batch.teachers)
         with self._worst_weights(batch):
             self.optimizer.zero_grad(set_to_none=True)
@@ -480,7 +491,7 @@ class Trainer:
 
     def _save_if_due(self, ends_epoch: bool, request: StopRequest) -> None:
         every = self.settings.save_every_steps
-        late = time.monotonic() - self._last_save > SECONDS_BETWEEN_SAVES
+        late = time.monotonic() - self._last_save > seconds_between_saves(self._save_took)
         # A signal reaches one process, and clocks differ: all save or none.
         stop, late = self.shared.agree(request.exit_code, main=late)
         due = self.step % every == 0 if every else ends_epoch and late
@@ -497,6 +508,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        started = time.monotonic()
         self._refuse_nan()
         self._refuse_nan_weights()
         tensors = self._tensors()
@@ -515,6 +527,7 @@ class Trainer:
             good = {f"{GOOD}{key}": value for key, value in self._good.items()} if inside else {}
             save_checkpoint(self.folder, checkpoint, tensors | good)
         self._last_save, self._unsaved = time.monotonic(), False
+        self._save_took = self._last_save - started
 
     def _refuse_nan_weights(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.student.parameters()):

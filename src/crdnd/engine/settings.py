@@ -129,10 +129,10 @@ class LeverSettings(Frozen):
     )
     fused_optimizer: bool = Field(default=True, description="One kernel for the update of all weights.")
     keep_teacher: float = Field(
-        default=0.0,
+        default=64.0,
         ge=0,
-        description="MiB for what the teachers say of natural images, kept over epochs where augmentation is none; 0 "
-        "keeps nothing. A resumed run asks again, which its counted passes show.",
+        description="MiB at most for what the teachers say of natural images, kept over the epochs without "
+        "augmentation; 0 keeps nothing. It changes no weights, and no counted pass: those are what the method asks.",
     )
     compile: bool = Field(
         default=False,
@@ -230,7 +230,8 @@ class TrainSettings(Frozen):
     save_every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Save after every so many steps; by default at the end of an epoch, at most every 10 s.",
+        description="Save after every so many steps; by default at the end of an epoch, at most every 10 s "
+        "and for at most 1% of the time.",
     )
     trackers: tuple[str, ...] = Field(
         default=(),
@@ -248,6 +249,13 @@ class TrainSettings(Frozen):
         if self.ema is not None and self.swa is not None:
             raise ValueError("ema and swa are two ways to average the weights; choose one.")
         return self
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """Of all phases."""
+        if isinstance(self.augmentation, str):
+            return (self.augmentation,)
+        return tuple(phase.name for phase in self.augmentation)
 
     def augmentation_at(self, progress: float) -> str:
         """The augmentation of an epoch that begins when this much of the run is done, in [0, 1)."""
@@ -286,7 +294,9 @@ class TrainSettings(Frozen):
 
 
 # What a run may change on its way without becoming another run.
-FREE_SETTINGS = frozenset({"save_every_steps", "trackers", "check_teacher", "shard_teacher", "on_nan"})
+FREE_SETTINGS = frozenset(
+    {"save_every_steps", "trackers", "check_teacher", "shard_teacher", "on_nan", "levers.keep_teacher"}
+)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -311,5 +321,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mappin
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in keys
-        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_SETTINGS
+        if before.get(key) != after.get(key) and not {key, key.split(".")[0]} & FREE_SETTINGS
     ]

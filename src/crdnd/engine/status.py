@@ -48,6 +48,8 @@ class RunStatus(Frozen):
     left: TimeLeft | None = None
     changes: tuple[Change, ...] = ()
     """What the run changed about itself to go on."""
+    levers: dict[str, str] = {}
+    """What became of them: on or off, and why."""
     settings: dict[str, Any] = {}
     history: tuple[Epoch, ...] = ()
 
@@ -112,6 +114,7 @@ def _status(folder: Path, document: dict[str, Any], checkpoint: Checkpoint | Non
         seconds=sum(epoch.seconds + epoch.validation_seconds for epoch in history) + seconds,
         left=left,
         changes=checkpoint.changes if checkpoint else (),
+        levers={str(name): str(fate) for name, fate in document.get("levers", {}).items()},
         settings=settings,
         history=history,
     )

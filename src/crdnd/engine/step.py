@@ -53,7 +53,11 @@ class Batch:
 
 @dataclass
 class Passes:
-    """How many images went through each network, counted on the way; recomputed by nobody."""
+    """How many images went through each network, counted on the way; recomputed by nobody.
+
+    What a teacher said before counts as if it were asked again: passes are what a method costs, wherever a run was
+    stopped and whatever it keeps; its seconds show what that saved.
+    """
 
     student: int = 0
     teacher: int = 0
@@ -191,6 +195,8 @@ class Step:
         x, y, target, stream, progress = given.x, given.y, given.target, given.draws, given.progress
         wanted = self.needs | attack_needs(self.attack)
         teachers = dict(given.teachers) or self._of_teachers("nat", x, y, wanted)
+        if given.teachers:
+            self.passes.teacher += len(x) * len({name.partition("_")[0] for name in given.teachers})
         x_adv = None
         if self.attack is not None:
             x_adv = self._attacked(self.attack, Batch(x, y, target, None, teachers, stream, progress))

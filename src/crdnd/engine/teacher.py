@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from crdnd.attacks import true_float32
@@ -232,6 +231,8 @@ def _class_order(predicted: Tensor, y: Tensor) -> tuple[float, str]:
     Returns:
         The accuracy with it, in [0, 1], and what to say; 0 and nothing where it does not.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and only a teacher that is often wrong needs it
+
     by_class = y.argsort(stable=True)  # both halves have every class
     first, second = by_class[::2], by_class[1::2]
     classes = int(max(predicted.max(), y.max())) + 1
