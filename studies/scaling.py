@@ -394,9 +394,9 @@ def seconds_of(work: dict[str, float], constants: dict[str, float]) -> float:
     return sum(count * constant for count, constant in zip(features(work), constants.values(), strict=True))
 
 
-def errors(entries: list[dict[str, Any]], constants: dict[str, float]) -> dict[str, Any]:
-    """Relative errors, predicted over measured minus one."""
-    found = [seconds_of(entry["work"], constants) / entry["seconds"] - 1 for entry in entries]
+def errors(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the steps' relative errors: median and maximum of their size, and their mean with its sign."""
+    found = [entry["error"] for entry in entries]
     sizes = [abs(error) for error in found]
     return {"steps": len(found), "median": statistics.median(sizes), "max": max(sizes), "mean": statistics.mean(found)}
 
@@ -422,6 +422,8 @@ GPU: dict[str, Any] = {
 and the fast end of what is assumed to be achieved. `link` joins the GPUs of a node in one direction, `network` is the
 one that leaves a node; `message_seconds` and `agree_seconds` are those of a message between two GPUs and two hosts."""
 PRECISIONS = tuple(GPU["flops"])
+TEACHER_BYTES = {"float32": 4, "tf32": 4, "bf16": 6}
+"""Of a number of a frozen teacher."""
 COUNTS = (1, 8, 64)
 """Of GPUs."""
 
@@ -459,13 +461,18 @@ def message_bytes(found: dict[str, Any]) -> int:
     return 4 * (found["student_parameters"] + found["statistics"])
 
 
+def link(gpus: int, end: int) -> float:
+    """Bytes/s of the slowest link in a ring."""
+    return GPU["achieved_link"][end] * (GPU["link"] if gpus <= GPU["node"] else GPU["network"])
+
+
 def exchange(found: dict[str, Any], gpus: int, end: int) -> dict[str, float]:
     """Seconds that a step of several processes spends in messages between GPUs, by kind.
 
     A ring moves 2 (p - 1) / p of a message's bytes past every GPU to sum it up, and (p - 1) times a share to gather it;
     its slowest link counts. What a message costs whatever its size is paid 2 log2(p) times, as in a tree.
     """
-    speed = GPU["achieved_link"][end] * (GPU["link"] if gpus <= GPU["node"] else GPU["network"])
+    speed = link(gpus, end)
     each = 2 * math.log2(gpus) * GPU["message_seconds"][end]
     ring = 2 * (gpus - 1) / gpus
     gathered = (gpus - 1) * found["gathered_bytes"] + ring * gpus * found["returned_bytes"]
@@ -496,12 +503,23 @@ def gpu_step(found: dict[str, Any], gpus: int, precision: str, end: int) -> dict
     return {"flops": flops_seconds, "bytes": bytes_seconds, "host": host, "messages": messages, "step": whole}
 
 
+def sharded_pass(found: dict[str, Any], gpus: int, end: int) -> float:
+    """Seconds in which the weights of a sharded teacher come together for one pass forwards (FSDP, float32)."""
+    return (gpus - 1) / gpus * 4 * found["teacher_parameters"] / link(gpus, end)
+
+
 def memory(found: dict[str, Any], gpus: int, precision: str) -> float:
     """Bytes that a GPU needs at least: weights, gradients, momentum, teacher, what is kept, the message."""
-    student, teacher = found["student_parameters"], found["teacher_parameters"]
-    half = precision == "bf16"
-    state = 12 * student + 4 * teacher + (2 * max(student, teacher) if half else 0)
+    half = precision == "bf16"  # a pass has its copy of the weights then
+    student, teacher = 12 + 2 * half, TEACHER_BYTES[precision]
+    state = student * found["student_parameters"] + teacher * found["teacher_parameters"]
     return state + found["kept_bytes"] / (2 if half else 1) + (2 * message_bytes(found) if gpus > 1 else 0)
+
+
+def largest_teacher(found: dict[str, Any], gpus: int, precision: str) -> float:
+    """Parameters of a teacher that still fits beside the rest, if what is kept stays the same."""
+    rest = memory(found, gpus, precision) - TEACHER_BYTES[precision] * found["teacher_parameters"]
+    return (GPU["memory"] - rest) / TEACHER_BYTES[precision]
 
 
 def predictions() -> list[dict[str, Any]]:
@@ -518,23 +536,31 @@ def predictions() -> list[dict[str, Any]]:
                         "workload": name, "method": method, "gpus": gpus, "scaling": scaling, "images_per_gpu": share,
                         "steps": steps, "counted": found,
                         "memory": {precision: memory(found, gpus, precision) for precision in PRECISIONS},
+                        "largest_teacher": {one: largest_teacher(found, gpus, one) for one in PRECISIONS},
+                        "sharded_pass": [sharded_pass(found, gpus, end) for end in (0, 1)],
                         "seconds": {
                             precision: [gpu_step(found, gpus, precision, end) for end in (0, 1)]
                             for precision in PRECISIONS
                         },
                     }
                 )  # fmt: skip
-                print(f"{name}, {method}, {gpus} GPUs, {scaling}", file=sys.stderr, flush=True)
     return entries
 
 
 def methods() -> list[dict[str, Any]]:
-    """What a step of each method does, for the first workload on one GPU."""
-    run = WORKLOADS["cifar100"].run
-    return [
-        {"method": name, "counted": _as_json(counted(dataclasses.replace(run, objective=name)))}
-        for name in COMPARED_METHODS
-    ]
+    """What a step of each method does for the first workload, the whole batch on each GPU, and its seconds in bf16."""
+    run, entries = WORKLOADS["cifar100"].run, list[dict[str, Any]]()
+    for name in COMPARED_METHODS:
+        found = _as_json(counted(dataclasses.replace(run, objective=name)))
+        seconds = {str(gpus): [gpu_step(found, gpus, "bf16", end) for end in (0, 1)] for gpus in COUNTS}
+        entries.append({"method": name, "counted": found, "seconds": seconds})
+    return entries
+
+
+def one_core(entries: list[dict[str, Any]], constants: dict[str, float]) -> dict[str, float]:
+    """Seconds of each whole training by RSLAD on the core that was measured, by the fitted constants."""
+    alone = [one for one in entries if one["gpus"] == 1 and one["method"] == "rslad"]
+    return {one["workload"]: one["steps"] * seconds_of(one["counted"]["work"], constants) for one in alone}
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -568,12 +594,14 @@ def measurements(rounds: int) -> dict[str, Any]:
 
 
 def model(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The constants, and the errors by group."""
+    """The constants, and the errors by group; every entry learns its own, predicted over measured minus one."""
     groups = {group: [one for one in entries if one["group"] == group] for group in measured_runs()}
     constants = fit(groups["fitted"])
+    for one in entries:
+        one["error"] = seconds_of(one["work"], constants) / one["seconds"] - 1
     kept_apart = [one for one in entries if one["group"] != "fitted"]
-    found = {group: errors(members, constants) for group, members in groups.items()}
-    return {"constants": constants, "errors": found | {"not fitted": errors(kept_apart, constants)}}
+    found = {group: errors(members) for group, members in groups.items()}
+    return {"constants": constants, "errors": found | {"not fitted": errors(kept_apart)}}
 
 
 def main() -> None:
@@ -585,13 +613,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(options.results.read_text())["measured"] if options.predict else measurements(options.rounds)
+    fitted, predicted = model(found["entries"]), predictions()
     document = {
-        "schema": "crdnd.study/1", "study": "scaling", "measured": found, "model": model(found["entries"]), "gpu": GPU,
-        "workloads": {name: _as_json(load) for name, load in WORKLOADS.items()}, "predictions": predictions(),
-        "methods": methods(),
+        "schema": "crdnd.study/1", "study": "scaling", "measured": found, "model": fitted, "gpu": GPU,
+        "workloads": {name: _as_json(load) for name, load in WORKLOADS.items()}, "predictions": predicted,
+        "methods": methods(), "one_core": one_core(predicted, fitted["constants"]),
     }  # fmt: skip
     atomic_write_text(options.results, json.dumps(document, indent=1) + "\n")
-    for group, error in document["model"]["errors"].items():
+    for group, error in fitted["errors"].items():
         print(f"{group}: {error['steps']} steps, median {error['median']:.1%}, largest {error['max']:.1%}")
 
 
