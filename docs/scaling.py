@@ -19,7 +19,7 @@ core of a CPU; a cost model is fitted to some of them and its errors are those o
 the same count of operations with *assumed* constants of an {gpu}: take it as arithmetic, not as experience. Words in
 this page's headings say which is which: *counted*, *fitted*, *assumed*, *predicted*.
 
-    python studies/scaling.py            # measures (about five minutes of a quiet core), fits, predicts
+    python studies/scaling.py            # measures (about six minutes of a quiet core), fits, predicts
     python studies/scaling.py --predict  # fits and predicts again from the times in results/scaling.json
     python docs/scaling.py               # writes this page
 
@@ -75,7 +75,7 @@ With p processes a step sends:
 * **two whole numbers from host to host** (whether to stop or to save), in which no GPU takes part.
 
 **An attack sends nothing.** Its passes change no weight, so {attack_student} of the {student} passes of the student of
-an `rslad` step, and all of the teacher's, are free of messages: the same message as in natural training stands beside
+an `rslad` step, and all of the teacher's, are free of messages: the message of natural training stands beside
 {ratio_pgd_at} times (`pgd_at`), {ratio_trades} times (`trades`) and with this teacher {ratio_rslad} times (`rslad`) its
 FLOPs. An attack step has no gradients of weights, so ten of them cost {attack_flops} and not ten times the FLOPs of a
 step of natural training. So, if its time goes with its FLOPs:
@@ -217,7 +217,7 @@ def _assumed(gpu: dict[str, Any]) -> str:
         ["a message between GPUs, each of 2 log2(p)", _pair(gpu["message_seconds"], 1e6, " µs")],
         ["a message between hosts, each of 2 log2(p)", _pair(gpu["agree_seconds"], 1e6, " µs")],
     ]
-    return TABLE([gpu["name"], "assumed"], rows)
+    return TABLE([gpu["name"], "assumed: slow to fast end"], rows)
 
 
 def _predicted(found: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _by_load(entries: list[dict[str, Any]], loads: dict[str, Any], header: list[
         title = PREDICTIONS.format(**load, batch=load["run"]["batch_size"])
         rows = [[f"`{one['method']}`", *row(one)] for one in entries if one["workload"] == name]
         text += f"**{title}**\n\n{TABLE(['method', *header], rows)}\n"
-    return text
+    return text.removesuffix("\n")
 
 
 def _strong_row(one: dict[str, Any]) -> list[str]:

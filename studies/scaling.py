@@ -11,7 +11,7 @@
 4. **Predicted.** The same counts with constants of a GPU that are assumed, not measured, and a model of what processes
    send each other.
 
-Writes `results/scaling.json`; `python docs/scaling.py` then writes docs/scaling.md. It takes about five minutes of one
+Writes `results/scaling.json`; `python docs/scaling.py` then writes docs/scaling.md. It takes about six minutes of one
 quiet core; with `--predict` nothing is measured again.
 
     python studies/scaling.py
