@@ -74,16 +74,16 @@ def reference(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, opti
 
 
 def ours(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> Callable:
-    """The step of a run."""
+    """The step of a run of `options.objective`."""
     values = {"name": "sgd", "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "nesterov": False}
     settings = TrainSettings(
-        objective=Named(name="rslad"), threat=ThreatModel(norm="linf", eps=EPS), precision=options.precision,
+        objective=Named(name=options.objective), threat=ThreatModel(norm="linf", eps=EPS), precision=options.precision,
         optimizer=OptimizerSettings(**values, weight_decay=WEIGHT_DECAY), tf32=options.tf32,
         levers=LeverSettings(compile=options.compile),
     )  # fmt: skip
     levers = Levers()
     KEPT.enter_context(teaching([teacher], x[:PROBE], settings))
-    objective = load_objective("rslad")(CLASSES, alpha=ALPHA)
+    objective = load_objective(options.objective)(CLASSES)
 
     def precision() -> AbstractContextManager[object]:
         return torch.autocast(x.device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
@@ -178,16 +178,23 @@ def result(
 
 def arguments() -> argparse.Namespace:
     """The options."""
-    result = parser(__doc__, repeats=7)
+    result = loop_parser(__doc__, repeats=7)
+    result.set_defaults(objective="rslad")  # what the plain loop does
+    result.add_argument("--steps", type=int, default=1, help="steps a round (default %(default)s)")
+    return result.parse_args()
+
+
+def loop_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """The options of both loops."""
+    result = parser(description, repeats=repeats)
     result.set_defaults(threads=2)
     result.add_argument("--student", default="resnet18", help="architecture[,setting=value...] (default %(default)s)")
     result.add_argument("--teacher", default="wrn,depth=16,width=4", help="likewise (default %(default)s)")
     result.add_argument("--batch-size", type=int, default=32, help="images (default %(default)s)")
-    result.add_argument("--steps", type=int, default=1, help="steps a round (default %(default)s)")
     result.add_argument("--precision", choices=list(TARGETS), default="fp32", help="of ours (default %(default)s)")
     result.add_argument("--tf32", action="store_true", help="TF32 in ours, on a GPU")
     result.add_argument("--compile", action="store_true", help="torch.compile in ours")
-    return result.parse_args()
+    return result
 
 
 if __name__ == "__main__":
