@@ -125,7 +125,13 @@ def test_a_file_says_what_it_takes_and_nothing_of_this_machine(tmp_path):
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 18}
     about = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(about["class_names"]) == list(data.class_names)
-    assert (about["norm"], float(about["eps"])) == ("linf", 0.02)
+    assert about.keys() == {"class_names", "threat", "input_shape", "source_sha256"}
+    assert json.loads(about["threat"]) == {"norm": "linf", "eps": 0.02}
+    for to in ("onnx", "program"):
+        file = tmp_path / f"again.{'onnx' if to == 'onnx' else 'pt2'}"
+        export_model(model, file, to, data=data, threat=THREAT, attacks=["fgsm"], square_queries=3)
+        read = resolve_model(str(file))
+        assert (read.input_shape, read.about.threat, read.about.class_names) == (SHAPE, THREAT, data.class_names)
     program = running._program(model, SHAPE, about)
     for content in (path.read_bytes(), program):
         assert str(Path(running.__file__).parent.parent).encode() not in content

@@ -416,12 +416,12 @@ def onnx_file(path, **metadata):
 
 def test_an_onnx_file_predicts_images_of_any_size(photos, tmp_path, crdnd):
     threat = json.dumps({"norm": "linf", "eps": 0.05})
-    file = onnx_file(tmp_path / "m.onnx", classes=json.dumps(["blue", "red"]), threat=threat)
+    file = onnx_file(tmp_path / "m.onnx", class_names=json.dumps(["blue", "red"]), threat=threat)
     status, out, err = crdnd("predict", file, str(photos / "test"), "--json")
     assert status == 0, err
     for entry in json.loads(out)["images"]:
         assert entry["classes"][0]["class"] == Path(entry["file"]).parent.name
     status, out, err = crdnd(
-        "predict", onnx_file(tmp_path / "n.onnx", classes="not json"), str(photos / "test" / "red"), "--json"
+        "predict", onnx_file(tmp_path / "n.onnx", class_names="not json"), str(photos / "test" / "red"), "--json"
     )
     assert [entry["classes"][0]["class"] for entry in json.loads(out)["images"]] == ["1"] * 4, err

@@ -14,6 +14,8 @@ import typer
 from crdnd.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from crdnd.engine import Listener, Progress, TimeLeft
     from crdnd.evaluation import Listener as AttackListener
     from crdnd.evaluation import Step
@@ -137,13 +139,12 @@ def card_of(spec: str, weights: str | None = None) -> "ModelCard | None":
 
 def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
     """Take data and threat model from the model's card where they were not given."""
-    from crdnd.data import PREFIX, data_names
     from crdnd.recipe import merge
 
     if "data" not in values:
         if not card.data:
             raise InputError("data: this model does not say what it was trained on; give --data.")
-        if not (card.data in data_names() or card.data.startswith(PREFIX) or Path(card.data).exists()):
+        if not is_at_hand(card.data):
             raise InputError(f"data: the model was trained on data called {card.data!r}; say where with --data PATH.")
         values["data"] = card.data
     if values["data"] == card.data:
@@ -158,6 +159,21 @@ def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
         values["threat"] = merge(card.threat.model_dump(), threat)
     elif "eps" not in threat:
         raise InputError("threat: this model does not say what it was trained to withstand; give --eps.")
+
+
+def is_at_hand(data: str) -> bool:
+    """Whether data of this name can be asked for: a card has no path, only what the data were called."""
+    from crdnd.data import PREFIX, data_names
+
+    return bool(data) and (data in data_names() or data.startswith(PREFIX) or Path(data).exists())
+
+
+def shape_for(network: "nn.Module", card: "ModelCard") -> tuple[int, int, int] | None:
+    """The (C, H, W) that a folder's images are brought to for a model; None leaves them as they are."""
+    from crdnd.models import Normalized, input_shape
+
+    # Of an architecture that is given by name the size is only recorded.
+    return None if card.architecture is None and isinstance(network, Normalized) else input_shape(network)
 
 
 def print_json(document: str | dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from crdnd.cli.diff import diff_command
 from crdnd.cli.doctor import doctor_command
 from crdnd.cli.estimate import estimate_command
 from crdnd.cli.evaluate import evaluate_command
-from crdnd.cli.hub import card_command, pull_command, push_command
 from crdnd.cli.export import export_command
+from crdnd.cli.hub import card_command, pull_command, push_command
 from crdnd.cli.lists import list_command
 from crdnd.cli.predict import predict_command
 from crdnd.cli.recipes import recipes_command

@@ -22,6 +22,7 @@ from crdnd.cli._common import (
     given,
     print_json,
     settings_of,
+    shape_for,
     showing_attacks,
 )
 from crdnd.cli._runs import first
@@ -98,7 +99,7 @@ def evaluate_command(
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, Normalized, input_shape, resolve_model
+    from crdnd.models import ModelCard, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -142,8 +143,7 @@ def evaluate_command(
         raise InputError(f"engine: must be own or reference, got {engine!r}.")
     if engine == "reference":
         attack_plan = reference(attack_plan, settings.seed)
-    # Of an architecture that is given by name the size is only recorded.
-    shape = None if card.architecture is None and isinstance(network, Normalized) else input_shape(network)
+    shape = shape_for(network, card)
     test = load_test(settings.data, settings.split_seed, image_size=settings.image_size, model_shape=shape)
     if card.class_names:
         test = with_classes(test, card.class_names)

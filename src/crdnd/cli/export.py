@@ -1,7 +1,7 @@
 """`crdnd export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,22 +17,18 @@ from crdnd.cli._common import (
     card_of,
     fill_from_card,
     given,
+    is_at_hand,
     print_json,
+    shape_for,
     showing_attacks,
 )
 from crdnd.cli._runs import first
-from crdnd.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
-    from crdnd.data import ImageData, Splits
+    from crdnd.data import Splits
     from crdnd.export.run import Format
 
 MEASURED = 1000
-Images = TypeVar("Images")
 
 
 def export_command(
@@ -73,7 +69,7 @@ def export_command(
         crdnd export mypackage.nets:small --weights small.pt --data images.npz --eps 8/255 --to program --out small.pt2
     """
     from crdnd.config import Frozen, build
-    from crdnd.data import load_data, load_test
+    from crdnd.data import load_data, load_test, with_classes
     from crdnd.evaluation import preset as preset_of
     from crdnd.evaluation import processes
     from crdnd.export import export_model
@@ -94,22 +90,17 @@ def export_command(
     values = given(data=data, threat__eps=eps, threat__norm=norm, seed=seed)
     fill_from_card(values, card)
     settings = build(Settings, values)
+    shape = shape_for(network, card)
     splits: Splits | None = None
     if to == "int8" or data is None:
-        trained_on = card.data or settings.data
-
-        def load_splits(size: int | None) -> "Splits":
-            return load_data(trained_on, settings.split_seed, image_size=size)
-
-        splits = _sized(load_splits, network)
+        trained_on = card.data if is_at_hand(card.data) else settings.data
+        splits = load_data(trained_on, settings.split_seed, model_shape=shape)
     if splits is not None and data is None:
         measured, split = (splits.test, "test") if splits.test else (splits.validation, "validation")
     else:
-
-        def load_measured(size: int | None) -> "ImageData":
-            return load_test(settings.data, settings.split_seed, image_size=size)
-
-        measured, split = _sized(load_measured, network), "test"
+        measured, split = load_test(settings.data, settings.split_seed, model_shape=shape), "test"
+    if card.class_names:
+        measured = with_classes(measured, card.class_names)
     measured = first(measured, n or min(MEASURED, len(measured)), settings.data)
     place = Path(model)
     with showing_attacks() as listener:
@@ -141,16 +132,3 @@ def export_command(
     console = Console(highlight=False)
     console.print(export_table(export))
     console.print(f"{out} takes `{export.input}` and returns `{export.output}`; measured in {out}.json", soft_wrap=True)
-
-
-def _sized(load: "Callable[[int | None], Images]", network: "nn.Module") -> Images:
-    """Data as they are, or, where a folder's images have different sizes, resized to the squares that a model takes."""
-    from crdnd.models import input_shape
-
-    try:
-        return load(None)
-    except InputError as error:
-        shape = input_shape(network)
-        if "give image_size" not in str(error) or shape is None or shape[1] != shape[2]:
-            raise
-        return load(shape[1])

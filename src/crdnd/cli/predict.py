@@ -14,7 +14,7 @@ from crdnd.errors import InputError, first_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from crdnd.models import ModelCard
+    from crdnd.models import About, ModelCard
 
 SCHEMA = "crdnd.predictions/1"
 BATCH = 64
@@ -63,10 +63,11 @@ def predict_command(
 
     network = resolve_model(model, weights).to(processes().device)
     card = card_of(model, weights)
-    names = card.class_names if card else getattr(network, "class_names", ())
+    about: ModelCard | About | None = card or getattr(network, "about", None)
+    names = about.class_names if about else ()
     search = None
     if distance:
-        search = build(ThreatModel, _search(network, card, norm, up_to), where="distance")
+        search = build(ThreatModel, _search(about, norm, up_to), where="distance")
     elif norm is not None or up_to is not None:
         raise InputError(f"{'norm' if up_to is None else 'up_to'}: belongs to --distance; give that too.")
     files, unreadable = _expanded(images)
@@ -105,9 +106,9 @@ def predict_command(
         raise typer.Exit(2)
 
 
-def _search(network: "nn.Module", card: "ModelCard | None", norm: str | None, up_to: str | None) -> dict[str, Any]:
+def _search(about: "ModelCard | About | None", norm: str | None, up_to: str | None) -> dict[str, Any]:
     """Norm and bound of the search: those given, else by the model's own threat model."""
-    threat = card.threat if card else getattr(network, "threat", None)
+    threat = about.threat if about else None
     chosen = norm or (threat.norm if threat else "linf")
     if up_to is not None:
         return {"norm": chosen, "eps": up_to}

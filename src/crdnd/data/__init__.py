@@ -52,7 +52,11 @@ def data_names() -> list[str]:
 
 
 def load_data(
-    spec: str, split_seed: int = 0, data_dir: str | Path | None = None, image_size: int | None = None
+    spec: str,
+    split_seed: int = 0,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    model_shape: tuple[int, int, int] | None = None,
 ) -> Splits:
     """Training, validation and test data by name, from a path, or from the Hugging Face hub.
 
@@ -65,6 +69,7 @@ def load_data(
         data_dir: where the files of named sets lie: a set's own folder or the one above it. By default the folder of
             the environment variable CRDND_DATA, else `data` in the current folder.
         image_size: for a path to folders of images, which are resized and cropped to squares of that size.
+        model_shape: as for `read_images`.
 
     Raises:
         InputError: there is nothing of that name (with a suggestion), or its files are missing or damaged (with the
@@ -75,7 +80,7 @@ def load_data(
         refuse_image_size(image_size, Path(spec))
         return registry.load("data", spec, "load")(split_seed, data_dir) if is_named else read_hub(spec, split_seed)
     if spec and Path(spec).exists():
-        return read_splits(spec, split_seed, image_size)
+        return read_splits(spec, split_seed, image_size, model_shape)
     raise _neither(spec)
 
 

@@ -206,15 +206,14 @@ def _read_image_folder(folder: Path, image_size: int | None, model_shape: Shape 
     if parts and "test" not in parts:
         found = ", ".join(entry.name for entry in parts.values())
         raise InputError(f"{folder}: has {found} but no test; give the folder to be evaluated.")
-    size, channels = square(image_size), None
-    if model_shape is not None:
-        size, channels = size or model_shape[1:], model_shape[0]
+    size, channels = brought_to(image_size, model_shape)
     return read_classes(parts.get("test", folder), name_of(folder), size, channels)[0]
 
 
-def square(image_size: int | None) -> Size | None:
-    """The (H, W) that an image size stands for."""
-    return None if image_size is None else (image_size, image_size)
+def brought_to(image_size: int | None, model_shape: Shape | None) -> tuple[Size | None, int | None]:
+    """The size (H, W) and the channels that images are brought to; None leaves them as they are."""
+    size = None if image_size is None else (image_size, image_size)
+    return (size, None) if model_shape is None else (size or model_shape[1:], model_shape[0])
 
 
 def split_folders(folder: Path) -> dict[str, Path]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from crdnd.data._base import ImageData, Splits, in_colour, with_classes
 from crdnd.data._files import (
+    Shape,
+    brought_to,
     from_npz,
     name_of,
     npz_arrays,
@@ -14,7 +16,6 @@ from crdnd.data._files import (
     read_images,
     refuse_image_size,
     split_folders,
-    square,
 )
 from crdnd.data._named import held_out
 from crdnd.errors import InputError
@@ -22,7 +23,9 @@ from crdnd.errors import InputError
 log = logging.getLogger("crdnd")
 
 
-def read_splits(path: str | Path, split_seed: int = 0, image_size: int | None = None) -> Splits:
+def read_splits(
+    path: str | Path, split_seed: int = 0, image_size: int | None = None, model_shape: Shape | None = None
+) -> Splits:
     """Read training data from a path.
 
     - A folder with the folders `train`, optionally `val` and `test`, each with a subfolder of images per class. Without
@@ -35,13 +38,14 @@ def read_splits(path: str | Path, split_seed: int = 0, image_size: int | None = 
         path: where it lies; what messages and results call it is the name of the file or folder.
         split_seed: which split of the training data, where a part of it is held out.
         image_size: as for `read_images`.
+        model_shape: as for `read_images`.
 
     Raises:
         InputError: there is nothing of this kind, something in it is damaged, or its parts do not fit together.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path, split_seed, image_size)
+        return _read_folder(path, split_seed, image_size, model_shape)
     refuse_image_size(image_size, path)
     if path.suffix.lower() == ".npz":
         arrays = npz_arrays(path)
@@ -51,7 +55,7 @@ def read_splits(path: str | Path, split_seed: int = 0, image_size: int | None = 
     return held_out(read_images(path), None, split_seed)
 
 
-def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Splits:
+def _read_folder(folder: Path, split_seed: int, image_size: int | None, model_shape: Shape | None) -> Splits:
     name = name_of(folder)
     if found := published_layout(folder):
         refuse_image_size(image_size, folder)
@@ -60,14 +64,15 @@ def _read_folder(folder: Path, split_seed: int, image_size: int | None) -> Split
             raise InputError(f"{place}: lacks {', '.join(missing)}.")
         train, test = (replace(layout.read(place, part), name=name) for part in ("train", "test"))
         return held_out(*_alike(train, test), split_seed)
-    parts, size = split_folders(folder), square(image_size)
+    parts = split_folders(folder)
+    size, channels = brought_to(image_size, model_shape)
     if not parts:
-        train, skipped = read_classes(folder, name, size)
+        train, skipped = read_classes(folder, name, size, channels)
         return replace(held_out(_with_images(train, folder), None, split_seed), skipped=skipped)
     if "train" not in parts:
         found = ", ".join(entry.name for entry in parts.values())
         raise InputError(f"{folder}: has {found} but no train; give a folder with training data.")
-    train, skipped = read_classes(parts["train"], name, size)
+    train, skipped = read_classes(parts["train"], name, size, channels)
     _with_images(train, parts["train"])
     others: dict[str, ImageData] = {}
     for part in ("validation", "test"):

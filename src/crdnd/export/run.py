@@ -21,7 +21,7 @@ from crdnd.export._onnx import check_packages, joined, onnx_graph
 from crdnd.export._program import EXAMPLES, INPUT, OUTPUT, Shape, Whole, folded, traced
 from crdnd.export.document import Cost, Equality, Export, Quantisation, Share, remember
 from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, sha256
-from crdnd.models import adapted, fitted, has_gradients, input_shape, resolve_model, weights_sha256
+from crdnd.models import About, adapted, fitted, has_gradients, input_shape, resolve_model, weights_sha256
 from crdnd.provenance import command, commit, installed_version, package_versions
 from crdnd.threat import ThreatModel
 
@@ -100,10 +100,7 @@ def export_model(
     eager = copy.deepcopy(model).to("cpu").eval()
     identity = weights_sha256(model)
     names = class_names or data.class_names
-    about = {
-        "schema": "crdnd.export/1", "source": source, "source_sha256": identity, "norm": threat.norm,
-        "eps": repr(threat.eps), "class_names": json.dumps(names),
-    }  # fmt: skip
+    about = About(class_names=names, threat=threat, input_shape=shape, source_sha256=identity).metadata()
 
     x = probe(data, shape, seed)
     twin: nn.Module | None = None

@@ -1,6 +1,7 @@
 """Models from pixels in [0, 1] to logits. One file, one architecture; any other `torch.nn.Module` will do as well."""
 
 from crdnd import registry
+from crdnd.models._about import About
 from crdnd.models._adapted import Adapted, adapted, fitted, input_shape
 from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
 from crdnd.models._exported import ExportedModel
@@ -32,6 +33,7 @@ __all__ = [
     "PAGE",
     "TIMM",
     "WEIGHTS",
+    "About",
     "Adapted",
     "Architecture",
     "ExportedModel",

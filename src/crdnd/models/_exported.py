@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from crdnd.errors import InputError, first_line
 from crdnd.io import read_bytes, sha256
+from crdnd.models._about import read_about
 
+ABOUT = "extra/crdnd.json"
+"""What the exporter adds to the archive; nobody else needs it."""
 SCHEMA_MAJOR = 8
 
 # The numbers are those of torch/_export/serde/schema.py; they are part of the file format.
@@ -97,6 +100,7 @@ class ExportedModel(nn.Module):
         self._weights = tuple(program.weights)
         self._steps, self._input, self._output = program.steps, program.input, program.output
         self._sizes, self._dtype = program.sizes, program.dtype
+        self.about = program.about
         self._in_place = any(step.written for step in program.steps)
         for name, value in program.weights.items():
             if isinstance(value, nn.Parameter):
@@ -106,9 +110,11 @@ class ExportedModel(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of its images, where they are fixed."""
+        """(C, H, W) of its images, where they are fixed, else of the images that its network is for, if it says so."""
         channels, height, width = self._sizes[1:]
-        return None if channels is None or height is None or width is None else (channels, height, width)
+        if channels is None or height is None or width is None:
+            return self.about.input_shape
+        return channels, height, width
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1]; a fixed batch size is served in padded parts."""
@@ -185,6 +191,7 @@ class _Program:
         self.file = file
         self._entries = self._read_entries(archive)
         document: Any = json.loads(self._entry("models/model.json"))
+        self.about = read_about(json.loads(self._entries.get(ABOUT, b"{}")))
         if document["schema_version"]["major"] != SCHEMA_MAJOR:
             raise self._too_old()
         graph, signature = document["graph_module"]["graph"], document["graph_module"]["signature"]

@@ -1,7 +1,6 @@
 """Models from elsewhere: what MODEL means, weights files of others, and ONNX files. No file's code is ever run."""
 
 import importlib
-import json
 import re
 import sys
 import warnings
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from crdnd import registry
 from crdnd.errors import InputError, did_you_mean, first_line
 from crdnd.io import read_bytes, sha256
+from crdnd.models._about import read_about
 from crdnd.models._base import Normalized
 from crdnd.models._exported import check_image_shape, in_parts, read_exported
 from crdnd.models._extras import ROBUSTBENCH, robustbench_model
@@ -22,7 +22,6 @@ from crdnd.models._named import fit, is_architecture, named_model
 from crdnd.models._published import unwrapped
 from crdnd.models._remote import is_remote, local_model, local_weights, remote_name
 from crdnd.models._spec import parse_spec
-from crdnd.threat import ThreatModel
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "student", "last")
@@ -57,6 +56,7 @@ class OnnxModel(nn.Module):
             raise InputError(f"{file}: needs {len(inputs)} inputs ({names}); export a model of images alone.")
         self._input = inputs[0]
         self._sizes = tuple(size if isinstance(size, int) else None for size in self._input.shape)
+        self.about = read_about(self._session.get_modelmeta().custom_metadata_map)
         if self._input.type != "tensor(float)" or len(self._sizes) != 4:
             raise InputError(
                 f"{file}: takes a {self._input.type} of {len(self._sizes)} dimensions; "
@@ -65,37 +65,16 @@ class OnnxModel(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of its images, where they are fixed."""
+        """(C, H, W) of its images, where they are fixed, else of the images that its network is for, if it says so."""
         channels, height, width = self._sizes[1:]
-        return None if channels is None or height is None or width is None else (channels, height, width)
+        if channels is None or height is None or width is None:
+            return self.about.input_shape
+        return channels, height, width
 
     @property
     def channels(self) -> int | None:
         """Of its images, where they are fixed."""
         return self._sizes[1]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """What the file's metadata say under `classes`, a JSON list; empty where they say nothing of the kind."""
-        found = self._metadata("classes")
-        if not isinstance(found, list):
-            return ()
-        names = cast("list[Any]", found)
-        return tuple(names) if all(isinstance(name, str) for name in names) else ()
-
-    @property
-    def threat(self) -> ThreatModel | None:
-        """What it was trained to withstand, as the file's metadata say it under `threat`; None where they do not."""
-        try:
-            return ThreatModel.model_validate(self._metadata("threat"))
-        except ValueError:
-            return None
-
-    def _metadata(self, key: str) -> Any:
-        try:
-            return json.loads(self._session.get_modelmeta().custom_metadata_map.get(key, "null"))
-        except ValueError:
-            return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1], detached, on the device of the images."""
