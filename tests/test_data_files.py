@@ -368,6 +368,12 @@ def test_pixels_beyond_16_bits_are_refused(tmp_path):
     refusal(tmp_path, r"1\.tiff: has pixels beyond 16 bits")
 
 
+def test_images_without_folders_of_their_classes_are_counted(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png", pixels(H, W))
+    refusal(tmp_path, r"has 3 images, but no folder for each class with them; give an \.npz file")
+
+
 def test_a_folder_without_images_says_what_is_expected(tmp_path):
     refusal(tmp_path, r"has no subfolders; give an \.npz file with x and y, a folder with a subfolder of images per cl")
     (tmp_path / "a").mkdir()

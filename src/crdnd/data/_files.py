@@ -247,7 +247,9 @@ def read_classes(
     """
     classes = subfolders(folder)
     if not classes:
-        raise InputError(f"{folder}: has no subfolders; give {LAYOUTS}.")
+        loose = sum(1 for _ in image_files(folder))
+        found = f"has {loose} images, but no folder for each class with them" if loose else "has no subfolders"
+        raise InputError(f"{folder}: {found}; give {LAYOUTS}.")
     members = [list(image_files(entry)) for entry in classes]
     # First the first of every class, then the second: an evaluation may take only the first n.
     turns = sorted((turn, label) for label, files in enumerate(members) for turn in range(len(files)))
