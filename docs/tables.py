@@ -72,6 +72,26 @@ def speed() -> str:
     for name, rival in rivals.items():
         wanted = f"{found['targets']['ratio']:g}" if name == "pictures" else "-"
         rows.append([f"crop_flip of 128 images, {share}", rival, f"{found['over_crdnd'][name]:.1f}", wanted])
+    for name in ("benchmark-step.json", "benchmark-step-batch-32.json"):
+        found = read(name)
+        given, memory = found["settings"], found["peak_memory_bytes"]
+        peak = f"peak memory {memory['ours'] / memory['reference']:.2f} of its"
+        what = f"step of RSLAD, {given['student']} from {given['teacher']}, batch {given['batch_size']}, {peak}"
+        rows.append(
+            [
+                what.replace(",depth=16,width=4", "-16-4"),
+                "the published loop",
+                f"{found['ratio']:.2f}",
+                f"{found['target']:g}",
+            ]
+        )
+    found = read("benchmark-export.json")
+    for what, entry in found["found"].items():
+        rows += [
+            [f"exported {what}, {kind}", "the model, eager", f"{entry['ratios'][kind]:.2f}", f"{wanted:g}"]
+            for kind, wanted in found["targets"].items()
+            if "ratios" in entry  # beside the sizes of the files
+        ]
     return markdown(["what", "beside", "their time over ours", "wanted"], rows, left=2)
 
 
