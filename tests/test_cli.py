@@ -318,6 +318,7 @@ def test_train_tells_people_what_to_do_next(crdnd, natural):
     assert "already finished, reused" in shown.out
     assert f"crdnd evaluate {natural}" in shown.out
     assert re.search(r"Best epoch 1 of 1: validation clean \d+\.\d%, robust \d+\.\d%", shown.out)
+    assert re.search(r"crdnd evaluate \S+$", shown.out.rstrip()), "the digits have a name, and no folder"
 
 
 def test_distill_makes_a_student_of_a_teacher(crdnd, natural, tmp_path):

@@ -15,6 +15,7 @@ from crdnd import distill, train
 from crdnd.cli import main
 from crdnd.cli import train as train_commands
 from crdnd.engine import Progress
+from crdnd.errors import RunError
 from test_run import cnn, settings, splits
 
 torch.set_num_threads(1)
@@ -53,6 +54,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Recording)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
     return Recording.made
+
+
+def test_a_tracker_that_does_not_start_ends_the_run_in_one_line_before_its_first_step(recorded, monkeypatch, tmp_path):
+    def start(self: Recording) -> None:
+        raise ConnectionError("no route to the server\nand more")
+
+    monkeypatch.setattr(Recording, "start", start)
+    with pytest.raises(
+        RunError, match=r"^trackers: tensorboard could not be started \(no route to the server\); [^\n]+$"
+    ):
+        train(cnn(), splits(), out=tmp_path / "run", **settings(trackers=("tensorboard",)))
+    assert not train(cnn(), splits(), out=tmp_path / "run", **settings()).reused
 
 
 def test_a_run_logs_what_an_epoch_was(recorded, tmp_path):

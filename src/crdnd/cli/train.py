@@ -230,5 +230,5 @@ def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
     )
     print(f"{len(run.history)}: validation clean {best.clean.percent:.1f}%, robust {best.robust.percent:.1f}%.")
     data = str(settings.get("data") or "")
-    where = f" --data {shlex.quote(data)}" if Path(data).is_dir() else ""
+    where = f" --data {shlex.quote(data)}" if data and Path(data).is_dir() else ""
     print(f"Measure it under attack on test data: crdnd evaluate {run.folder}{where}")

@@ -28,7 +28,7 @@ from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
 from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
-from crdnd.errors import DivergenceError, InputError, Interrupted, RunError
+from crdnd.errors import DivergenceError, InputError, Interrupted, RunError, first_line
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
     Adapted,
@@ -475,14 +475,20 @@ def _tracked(accelerator: Accelerator, settings: TrainSettings, out: Path) -> Ge
         "name": out.name,
         "dir": str(out),
     }
-    accelerator.init_trackers(
-        "crdnd",
-        init_kwargs={
-            "tensorboard": {"purge_step": saved.step + 1 if saved else 1},
-            "wandb": wandb,
-            "mlflow": {"run_name": out.name},
-        },
-    )
+    try:
+        accelerator.init_trackers(
+            "crdnd",
+            init_kwargs={
+                "tensorboard": {"purge_step": saved.step + 1 if saved else 1},
+                "wandb": wandb,
+                "mlflow": {"run_name": out.name},
+            },
+        )
+    except Exception as error:  # each tracker has errors of its own, and none of them is about the training
+        raise RunError(
+            f"trackers: {', '.join(settings.trackers)} could not be started ({first_line(error)}); mend that, or train "
+            "with trackers=[] and go on with them later."
+        ) from error
     try:
         yield
     finally:
