@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
         "--objectives", nargs="+", default=["rslad", "crdnd"], help="of at most one teacher (default rslad crdnd)"
     )
     result.add_argument("--images", type=int, default=50_000, help="of the training set (default %(default)s)")
+    result.set_defaults(batch_size=32)  # the published 128 take an hour
     options = result.parse_args()
     if options.repeats < FEWEST:
         result.error(f"--repeats {options.repeats}: an epoch is extrapolated from at least {FEWEST} steps.")
