@@ -27,8 +27,8 @@ def recipe(out: Path | str = "o", **changes: Any) -> Recipe:
 
 def test_a_recipe_is_the_settings_of_a_run_with_names_for_the_rest():
     assert set(Recipe.model_fields) - set(TrainSettings.model_fields) == {
-        "schema_", "data", "split_seed", "image_size", "model", "teacher", "teacher_weights", "second_teacher",
-        "second_teacher_weights", "role", "out",
+        "schema_", "data", "split_seed", "image_size", "label_noise", "model", "teacher", "teacher_weights",
+        "second_teacher", "second_teacher_weights", "role", "out",
     }  # fmt: skip
     assert recipe(objective="crdnd").objective == recipe(objective={"name": "crdnd"}).objective
     assert recipe().threat.eps == 8 / 255
@@ -173,3 +173,16 @@ def test_settings_of_an_architecture_are_checked():
     for model, message in {"cnm": "did you mean 'cnn'", "cnn": "wdth: no such setting; did you mean 'width'"}.items():
         with pytest.raises(InputError, match=message):
             recipe(model={"name": model, "wdth": 3}).run()
+
+
+def test_wrong_labels_are_as_many_as_asked_for_and_spare_all_but_the_training_data(tmp_path):
+    clean = recipe(out=tmp_path).load_data()
+    tenth, third = (recipe(out=tmp_path, label_noise=share).load_data() for share in (0.1, 1 / 3))
+    wrong = [splits.train.y != clean.train.y for splits in (tenth, third)]
+    assert [int(one.sum()) for one in wrong] == [round(len(clean.train) / 10), round(len(clean.train) / 3)]
+    assert bool((wrong[1] | ~wrong[0]).all())  # more noise spoils the same samples, and more
+    assert len(((third.train.y - clean.train.y)[wrong[1]] % 10).unique()) == 9
+    assert tenth.validation.sha256 == clean.validation.sha256
+    assert tenth.sha256 != clean.sha256
+    other = recipe(out=tmp_path, label_noise=0.1, split_seed=1).load_data().train.y
+    assert not torch.equal(other != recipe(out=tmp_path, split_seed=1).load_data().train.y, wrong[0])

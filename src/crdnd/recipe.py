@@ -1,6 +1,7 @@
 """Recipes: a run as a YAML file, `crdnd.recipe/1`. The commands turn their options into one before they do anything."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -8,7 +9,7 @@ import yaml
 from pydantic import Field
 
 from crdnd.config import build
-from crdnd.data import Splits, load_data
+from crdnd.data import Splits, load_data, with_wrong_labels
 from crdnd.engine import Listener, Named, Run, TrainSettings, distill, train
 from crdnd.errors import InputError
 from crdnd.models import TIMM, create_model, resolve_model
@@ -25,6 +26,13 @@ class Recipe(TrainSettings):
     split_seed: int = Field(default=0, description="Which split of the data.")
     image_size: int | None = Field(
         default=None, ge=1, description="Of a path to folders of images: they are resized and cropped to such squares."
+    )
+    label_noise: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the training labels that are replaced by another class, drawn by split_seed: to study "
+        "teachers that err.",
     )
     model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
     teacher: str | None = Field(
@@ -62,8 +70,11 @@ class Recipe(TrainSettings):
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
 
     def load_data(self) -> Splits:
-        """Training, validation and test data."""
-        return load_data(self.data, self.split_seed, image_size=self.image_size)
+        """Training, validation and test data; `label_noise` spoils the first alone."""
+        splits = load_data(self.data, self.split_seed, image_size=self.image_size)
+        if not self.label_noise:
+            return splits
+        return replace(splits, train=with_wrong_labels(splits.train, self.label_noise, self.split_seed))
 
     def build_model(self, splits: Splits) -> Any:
         """The untrained network, made for the images and classes of this data."""

@@ -20,6 +20,7 @@ from crdnd.cli.lists import list_command
 from crdnd.cli.predict import predict_command
 from crdnd.cli.recipes import recipes_command
 from crdnd.cli.runs import runs_command, status_command, watch_command
+from crdnd.cli.study import study_command
 from crdnd.cli.train import distill_command, train_command
 from crdnd.errors import InputError, Interrupted, RunError
 
@@ -38,6 +39,7 @@ app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.command("compare")(compare_command)
+app.command("study")(study_command)
 app.command("runs")(runs_command)
 app.command("status")(status_command)
 app.command("watch")(watch_command)

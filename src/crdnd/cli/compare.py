@@ -99,19 +99,41 @@ def compare_command(
     shared = given(data=data, threat__eps=eps, threat__norm=norm, epochs=epochs)
     options = given(preset=preset, n=n, baseline=baseline, seeds=None if seeds is None else list(range(seeds)))
     spec = _spec(recipe, assignments or [], shared, options, objectives, students or [], teachers or [])
-    grid = make_grid(spec, out)
-    protocols = _protocols(spec, grid)
+    _protocols(spec, make_grid(spec, out))  # whatever is wrong with it is said before anything is written
     make_folder(out)
     with exclusive(out):
         if fresh:
             move_aside(out)
-        _open(out, spec)
-        # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one.
-        _write(out, _collect(spec, grid, protocols, out, {}))
-        failures = _run(spec, grid, protocols, out, jobs)
-        comparison = _collect(spec, grid, protocols, out, failures)
-        _write(out, comparison)
+        comparison = run_comparison(spec, out, out / RESULTS, out / LOG, jobs)
         _report(comparison, out, json=json)
+    raise_failures(comparison)
+
+
+def run_comparison(spec: "Spec", out: Path, document: Path, log: Path, processes: int | None) -> "Comparison":
+    """Do what a comparison has not done yet.
+
+    Args:
+        spec: the comparison.
+        out: the folder of the runs, which comparisons with the same teachers may share.
+        document: where `crdnd.compare-results/1` is written, first of all before the first run.
+        log: what every look at test data is appended to.
+        processes: runs side by side; by default one a core.
+    """
+    from crdnd.cli._grid import make_grid
+
+    grid = make_grid(spec, out)
+    protocols = _protocols(spec, grid)
+    _open(document, spec)
+    # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one.
+    _write(document, _collect(spec, grid, protocols, out, {}))
+    failures = _run(spec, grid, protocols, out, log, processes)
+    comparison = _collect(spec, grid, protocols, out, failures)
+    _write(document, comparison)
+    return comparison
+
+
+def raise_failures(comparison: "Comparison") -> None:
+    """End with exit status 1 where a cell has failed."""
     failed = [cell for cell in comparison.cells if cell.failed]
     if failed:
         raise RunError(
@@ -211,28 +233,28 @@ def _protocols(spec: "Spec", grid: "Grid") -> dict[int, "Protocol"]:
     }
 
 
-def _open(out: Path, spec: "Spec") -> None:
-    """Refuse a folder that holds another comparison; one that this one only adds cells to is the same."""
+def _open(document: Path, spec: "Spec") -> None:
+    """Refuse a document of another comparison; one that this one only adds cells to is the same."""
     from crdnd.cli._grid import Spec, what_differs
     from crdnd.config import build
     from crdnd.report.comparison import load_comparison
 
-    if (out / RESULTS).exists():
-        found = what_differs(build(Spec, load_comparison(out / RESULTS).spec, where=str(out / RESULTS)), spec)
+    if document.exists():
+        found = what_differs(build(Spec, load_comparison(document).spec, where=str(document)), spec)
         if found:
             raise InputError(
-                f"{out}: holds a comparison with other settings ({'; '.join(found)}). "
+                f"{document.parent}: holds a comparison with other settings ({'; '.join(found)}). "
                 "Use --fresh to move it aside and start over, or choose another --out."
             )
 
 
 def _run(
-    spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, processes: int | None
+    spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, log: Path, processes: int | None
 ) -> dict[str, str]:
     """Run what is not done yet. Returns the jobs that failed, with why."""
     from crdnd.cli._jobs import cores_for, run_jobs, showing_jobs
 
-    work = list(_jobs(spec, grid, protocols, out))
+    work = list(_jobs(spec, grid, protocols, out, log))
     failures: dict[str, str] = {}
     if not work:
         return failures
@@ -250,7 +272,7 @@ def _run(
     return failures
 
 
-def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path) -> Iterator[Any]:
+def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, log: Path) -> Iterator[Any]:
     """Teachers, then trials, then cells, without what is done or what only that needs.
 
     Every cell comes after all trials: no test image is looked at before the settings of every method are chosen.
@@ -279,7 +301,7 @@ def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: 
         yield Job(name, train_run, (run, True), teachers_of([run]))
     for cell in cells:
         own = tuple(names[run.out] for trial in cell.judged for run in trial if run.out in names)
-        arguments = (cell, spec.preset, spec.n, out / LOG)
+        arguments = (cell, spec.preset, spec.n, log)
         yield Job(cell.name, measure_cell, arguments, (*teachers_of(cell.candidates), *own), tuple(trials))
 
 
@@ -480,10 +502,10 @@ def _collect(
     )
 
 
-def _write(out: Path, comparison: "Comparison") -> None:
+def _write(document: Path, comparison: "Comparison") -> None:
     from crdnd.io import atomic_write_text
 
-    atomic_write_text(out / RESULTS, comparison.to_json())
+    atomic_write_text(document, comparison.to_json())
 
 
 def _report(comparison: "Comparison", out: Path, *, json: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment, augmentation_names
-from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes
+from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes, with_wrong_labels
 from crdnd.data._files import LAYOUTS, read_images, refuse_image_size, training_folder
 from crdnd.data._hub import PREFIX, read_hub
 from crdnd.data._images import image_files, image_shape, read_image, stacked
@@ -43,6 +43,7 @@ __all__ = [
     "stratified",
     "training_folder",
     "with_classes",
+    "with_wrong_labels",
 ]
 
 

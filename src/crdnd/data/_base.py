@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crdnd.errors import InputError, first_line
-from crdnd.random import permutation
+from crdnd.random import Stream, permutation
 
 
 class MapDataset(Protocol):
@@ -181,6 +181,21 @@ def with_classes(data: ImageData, class_names: Sequence[str]) -> ImageData:
         raise InputError(f"{data.name}: has images of the class {odd[0]!r}, which is none of {some}.")
     labels = torch.tensor([place.get(name, -1) for name in names], device=data.y.device)[data.y]
     return replace(data, y=labels, num_classes=len(wanted), class_names=wanted)
+
+
+def with_wrong_labels(data: ImageData, share: float, seed: int) -> ImageData:
+    """The same data with this share of its labels replaced by another class, each other class as likely as the next.
+
+    Args:
+        data: the data.
+        share: of the samples, in [0, 1), rounded to a whole number of them.
+        seed: which ones, and what they become. A larger share spoils the same ones, and more.
+    """
+    ids = torch.arange(len(data))
+    spoiled = permutation(len(data), "wrong labels", seed)[: round(share * len(data))]
+    shift = Stream.of("wrong label", seed, ids=ids).integers(1, data.num_classes, ())
+    changed = torch.zeros_like(ids).scatter(0, spoiled, shift[spoiled]).to(data.device)
+    return replace(data, y=(data.y + changed) % data.num_classes)
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
