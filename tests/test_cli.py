@@ -267,6 +267,17 @@ def test_doctor_tells_versions_devices_threads_and_what_is_missing(crdnd):
     assert "torch" in crdnd("doctor").out
 
 
+def test_a_command_that_is_stopped_says_so(crdnd, monkeypatch):
+    from crdnd.cli import doctor
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "installed_version", stopped)
+    status, _, err = crdnd("doctor")
+    assert (status, err.split()) == (130, ["stopped."])
+
+
 def test_doctor_names_the_command_that_mends_a_gap(crdnd, monkeypatch):
     import crdnd.cli.doctor as doctor
 

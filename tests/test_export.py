@@ -16,7 +16,7 @@ from torch import nn
 import crdnd.export.run as running
 from crdnd.attacks import adversarial, load_attack
 from crdnd.cli import main
-from crdnd.data import ImageData
+from crdnd.data import ImageData, read_image
 from crdnd.errors import InputError
 from crdnd.export import Export, dequantised, export_model, read_exports
 from crdnd.export._int8 import quantised, twin_of
@@ -225,6 +225,24 @@ def test_what_cannot_be_exported_is_said_in_a_line(tmp_path, monkeypatch):
     refusal(r"needs onnxscript: pip install 'crdnd\[export\]'", exporting, model, out)
 
 
+def test_an_export_that_is_stopped_leaves_what_was_there(tmp_path, monkeypatch):
+    out = tmp_path / "m.pt2"
+    first = exporting(cnn(), out, "program")
+    content = out.read_bytes()
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "latencies", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        exporting(cnn(seed=2), out, "program", fresh=True)
+    assert out.read_bytes() == content
+    assert Export.model_validate_json((tmp_path / "m.pt2.json").read_text()) == first
+    with pytest.raises(KeyboardInterrupt):
+        exporting(cnn(), tmp_path / "n.pt2", "program")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt2", "m.pt2.json"]
+
+
 # --- int8 -------------------------------------------------------------------------------------------------------------
 
 
@@ -389,18 +407,24 @@ def test_from_a_folder_of_photographs_to_a_file_that_predicts(crdnd, photographs
     assert (export.split, export.n, export.source) == ("validation", 6, "run")
     assert export.quantisation.calibration_images == 20
     assert read_exports(photographs / "run") == [export]
-    status, _, err = crdnd("export", "run", "--to", "onnx", "--out", "student.onnx")
-    assert (status, "use --fresh" in err, err.count("\n")) == (2, True, 1)
+    wrong = (("onnx", "student.onnx", "use --fresh"), ("onnx", "s.pt2", "in .onnx"), ("tflite", "s.tf", "to: must be"))
+    for to, name, message in wrong:
+        # What is wrong with them is said before anything is read: a large folder takes minutes.
+        status, _, err = crdnd("export", "nowhere", "--to", to, "--out", name)
+        assert (status, message in err, err.count("\n")) == (2, True, 1)
     evaluated = ("--data", "photos", "--set", "image_size=14", "--eps", "0.02", "--attacks", "square", "--n", "4")
     assert crdnd("evaluate", "student.onnx", *evaluated, "--set", "attacks.square.queries=2")[0] == 0
 
     page = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert len([line for line in block.splitlines() if line]) <= 10
-    np.save("photo.npy", np.asarray(Image.open("photos/cat/3.png").convert("RGB")))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open("photos/cat/3.png").save("photo.jpg", exif=turned, quality=95)
     Path("example.py").write_text(block)
-    runpy.run_path("example.py")
+    found = runpy.run_path("example.py")
     assert capsys.readouterr().out.strip() in ("cat", "dog")
+    assert np.array_equal(found["images"][0].transpose(1, 2, 0), np.float32(read_image(Path("photo.jpg"))) / 255)
 
 
 def test_the_table_says_what_a_file_costs(crdnd, photographs, monkeypatch):
@@ -412,7 +436,7 @@ def test_the_table_says_what_a_file_costs(crdnd, photographs, monkeypatch):
     options = ("--out", "s.pt2", "--data", "moved", "--square-queries", "3", "--n", "9")
     status, out, err = crdnd("export", "run", "--to", "program", *options)
     assert status == 0, err
-    for words in ("s.pt2 (program", "n = 9", "worst case", "pgd_sat (model)", "square", "batch 64", "x as fast"):
+    for words in ("s.pt2 (program", "n = 9", "worst case", "pgd_sat (model)", "square", "batch of 64", "x as fast"):
         assert words in out
     assert isinstance(resolve_model("s.pt2"), nn.Module)
 

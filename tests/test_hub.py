@@ -50,6 +50,25 @@ def _use(monkeypatch, url):
     monkeypatch.setattr(hf_api.api, "endpoint", url)
 
 
+def exported(file: str, card: ModelCard, **others) -> dict:
+    """The document of an export of a model, measured on six images."""
+    right = {"correct": 3, "n": 6, "low": 18.8, "high": 81.2}
+    fooled, cost = right | {"correct": 2}, {"points": -16.7, "low": -50.0, "high": 16.7}
+    measured = {"clean": right, "attacks": {"model:fgsm": fooled, "square": right}, "worst_case": fooled}
+    return {
+        "schema": "crdnd.export/1", "file": file, "format": "onnx", "sha256": hashlib.sha256(b"onnx").hexdigest(),
+        "size_bytes": 2**19, "source": "runs/x", "source_sha256": card.sha256, "input": "images", "output": "logits",
+        "input_shape": SHAPE, "class_names": card.class_names,
+        "equality": {"inputs": 1000, "tolerance": 1e-4, "largest_difference": 3.1e-6},
+        "threat": {"norm": "linf", "eps": 8 / 255}, "data": "cifar10", "data_sha256": "a", "split": "test", "n": 6,
+        "seed": 0, "preset": {"fgsm": {}}, "square_queries": 500, "accuracy": measured,
+        "model_accuracy": measured | {"attacks": {"fgsm": right, "square": right}},
+        "cost_clean": cost, "cost_worst_case": cost | {"points": -1.5},
+        "latency": [{"batch": 1, "file": 1.25, "model": 2.5, "runs": 7, "threads": 2, "processor": "A chip"}],
+        "versions": {}, **others,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A run's folder as it is after an evaluation and an export, with what is nobody else's business."""
@@ -65,11 +84,7 @@ def folder(tmp_path):
     results = evaluate(model, (X, Y), threat=threat, attacks=["fgsm"], label=Label("rslad", "student", 3, "best"))
     (place / "evaluation.json").write_text(results.to_json())
     (place / "student.onnx").write_bytes(b"onnx")
-    exports = [
-        {"schema": "crdnd.export/1", "file": "student.onnx", "bytes": 4, "latency": {"median_ms": 1.25}},
-        {"schema": "crdnd.export/1", "file": "../secret.onnx"},
-        {"schema": "crdnd.export/1", "file": "program.pt2"},
-    ]
+    exports = [exported(name, read_card(place)) for name in ("student.onnx", "../secret.onnx", "program.pt2")]
     (place / "exports.json").write_text(json.dumps(exports))
     for name in ("run.log", "checkpoint.json", "checkpoint-00000001.safetensors", "program.pt2", "notes.txt"):
         (place / name).write_text("{}" if name == "checkpoint" else "host-of-ada")
@@ -246,7 +261,7 @@ def test_a_damaged_or_missing_model_is_not_pushed(hub, folder, tmp_path, capsys)
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"x")
     refused(capsys, 2, "truncated or damaged", "push", folder, REPOSITORY)
-    refused(capsys, 2, "is not a model folder", "push", tmp_path / "none", REPOSITORY)
+    refused(capsys, 2, "none: is no model", "push", tmp_path / "none", REPOSITORY)
     assert hub.requests == []
 
 
@@ -265,7 +280,6 @@ def test_the_page_has_its_numbers_from_the_files(folder):
     assert f"**{row['verdict']}**" in page
     assert "up to 8/255" in page
     assert "A. Krizhevsky" in page
-    assert "| latency.median_ms | 1.25 |" in page
     assert read_card(folder).sha256 in page
     assert "--teacher teacher --set model.weights=w.pt --out runs/x" in page
     head = front(page)
@@ -274,6 +288,32 @@ def test_the_page_has_its_numbers_from_the_files(folder):
     assert values["Robust accuracy (worst case of all attacks), linf, eps 8/255"] == pytest.approx(
         100 * correct / 6, abs=0.01
     )
+
+
+def test_the_page_tells_of_every_exported_file_of_these_weights(folder):
+    card = read_card(folder)
+    quantised = {
+        "calibration_images": 512, "calibration_data": "cifar10", "largest_difference": 0.1,
+        "agreeing": {"correct": 5, "n": 6, "low": 43.6, "high": 97.0},
+    }  # fmt: skip
+    exports = [
+        exported("student.onnx", card),
+        exported("small.onnx", card, format="int8", quantisation=quantised),
+        exported("old.onnx", card, source_sha256="0" * 64),
+    ]
+    (folder / "exports.json").write_text(json.dumps(exports))
+    page = model_card(folder).split("## Exported files")[1].split("## Cost")[0]
+    assert [line for line in page.splitlines() if line.startswith("### ")] == ["### student.onnx", "### small.onnx"]
+    first, second = page.split("### ")[1:]
+    assert "onnx, 0.50 MiB, on 6 images of cifar10 (split: test), under linf with eps 8/255" in first
+    assert "| natural | 50.0% (3/6) [18.8, 81.2] | 50.0% (3/6) [18.8, 81.2] |" in first
+    assert "| model:fgsm | 50.0% (3/6) [18.8, 81.2] | 33.3% (2/6) [9.7, 70.0] |" in first
+    assert "| worst case, file minus model | | -1.5 [-50.0, +16.7] |" in first
+    assert "| milliseconds an image, batch 1 | 2.500 | 1.250 |" in first
+    assert "2 threads of A chip" in first
+    assert hashlib.sha256(b"onnx").hexdigest() in first
+    assert "Calibrated with 512 training images; the same class as from the model: 83.3% (5/6)" in second
+    assert "Calibrated" not in first
 
 
 def test_the_hub_reads_the_head_of_the_page(folder):

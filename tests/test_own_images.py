@@ -140,9 +140,10 @@ def damage(folder):
     (folder / "flipped.png").write_bytes(flipped)
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    (folder / "renamed.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(50))
     (folder / "link.jpg").symlink_to(folder / "nowhere.jpg")
     Image.new("1", (13000, 7000)).save(folder / "huge.png")
-    return ["cut.png", "empty.jpg", "flipped.png", "huge.png", "link.jpg", "phone.HEIC"]
+    return ["cut.png", "empty.jpg", "flipped.png", "huge.png", "link.jpg", "phone.HEIC", "renamed.jpg"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -154,10 +155,11 @@ def test_files_that_cannot_be_read_are_listed_and_skipped(tmp_path, caplog):
         found = read_splits(whole, image_size=16)
     assert found.sha256 == expected.sha256, "the fingerprint is of what was used"
     assert sorted(Path(line.split(": ")[0]).name for line in found.skipped) == names
-    assert "skips 6 of 31 images, which cannot be read" in caplog.text
+    assert "skips 7 of 32 images, which cannot be read" in caplog.text
     assert all(name in caplog.text for name in names)
     assert "huge.png: has more than 89 million pixels" in caplog.text
-    assert "HEIC: is not a readable image (cannot identify image file); save it as JPEG" in caplog.text
+    for name in ("phone.HEIC", "renamed.jpg"):
+        assert f"{name}: is a HEIC image, which is not read; save it as JPEG" in caplog.text
 
 
 def test_a_class_of_which_most_cannot_be_read_is_refused(tmp_path):
@@ -175,6 +177,25 @@ def test_streamed_images_that_are_cut_off_are_skipped_before_the_run(tmp_path, m
     monkeypatch.setattr("crdnd.data._files.IN_MEMORY", 0)
     (line,) = read_splits(tmp_path, image_size=16).skipped
     assert line.startswith(f"{file}: is not a readable image")
+
+
+def test_parts_of_the_data_are_not_taken_for_classes(tmp_path):
+    make_photos(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "Training")
+    (tmp_path / "test").rename(tmp_path / "Testing")
+    splits = read_splits(tmp_path, image_size=16)
+    assert (splits.train.class_names, len(splits.test)) == (("blue", "red"), 8)
+    (tmp_path / "unsorted").mkdir()
+    with pytest.raises(InputError, match=r"has unsorted beside Test?[a-z]*; leave only train, val and test in it"):
+        read_splits(tmp_path, image_size=16)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            photograph((9, 9, 9), index).save(tmp_path / name / f"{index}.png")
+    assert read_images(tmp_path, image_size=16).class_names == ("bus", "train")
 
 
 def test_a_class_without_training_images_is_refused_and_one_without_test_images_is_named(tmp_path, caplog):
@@ -277,13 +298,27 @@ def test_grey_images_are_not_mirrored_and_photographs_become_64_pixels(tmp_path,
     [
         (("--images", "nowhere"), "images: nowhere is no folder"),
         (("--images", ".", "--data", "digits"), "images: is a folder of your own, and --data"),
-        (("--images", "."), "images: . holds no images"),
+        (("--images", "empty"), "images: empty holds no images"),
+        (("--images", "."), "run lies in the folder of the images; choose one elsewhere"),
     ],
 )
-def test_folders_that_will_not_do_are_refused_in_one_line(arguments, message, crdnd):
+def test_folders_that_will_not_do_are_refused_in_one_line(arguments, message, crdnd, tmp_path):
+    (tmp_path / "empty" / "test").mkdir(parents=True)
     status, out, err = crdnd("distill", *arguments, "--out", "run")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+def test_a_folder_without_test_images_is_not_said_to_measure_the_model(tmp_path, crdnd):
+    make_photos(tmp_path / "photos", counts=(12, 12), size=(8, 8))
+    options = ("--objective", "natural", "--epochs", "1", "--set", "model.width=2")
+    status, out, err = crdnd("train", "--images", "photos/train", *options, "--out", "r")
+    assert status == 0, err
+    assert "photos/train has no test/, so nothing in it can measure the model" in err
+    assert "images that it was not trained on: crdnd evaluate r --data FOLDER" in out
+    status, out, err = crdnd("train", "--images", "photos", *options, "--out", "s")
+    assert "has no test/" not in err
+    assert "on test data: crdnd evaluate s --data photos" in out
 
 
 def test_imbalanced_classes_are_reported(tmp_path, crdnd):
@@ -425,3 +460,22 @@ def test_an_onnx_file_predicts_images_of_any_size(photos, tmp_path, crdnd):
         "predict", onnx_file(tmp_path / "n.onnx", class_names="not json"), str(photos / "test" / "red"), "--json"
     )
     assert [entry["classes"][0]["class"] for entry in json.loads(out)["images"]] == ["1"] * 4, err
+
+
+def test_an_exported_file_is_evaluated_by_what_it_says_of_itself(photos, tmp_path, crdnd):
+    about = {"threat": json.dumps({"norm": "linf", "eps": 0.01}), "input_shape": json.dumps([3, 24, 36])}
+    file = onnx_file(tmp_path / "m.onnx", class_names=json.dumps(["blue", "red"]), **about)
+    (tmp_path / "part" / "without images").mkdir(parents=True)
+    (tmp_path / "part" / "red").symlink_to(photos / "test" / "red")
+    status, out, err = crdnd("evaluate", file, "--data", "part", "--attacks", "square", "--json")
+    assert status == 0, err
+    document = json.loads(out)
+    assert document["protocol"]["eps"] == 0.01
+    assert document["rows"][0]["clean"]["correct"] == 4, "red is the second class of the file and the first one here"
+
+
+def test_what_is_no_model_is_told_what_one_is(photos, crdnd):
+    image = str(photos / "test" / "red" / "0.png")
+    status, _, err = crdnd("predict", image, image)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "0.png: is no model; give a model folder, or a .safetensors, .pt2 or .onnx file" in err

@@ -27,10 +27,18 @@ def installed_version(name: str) -> str | None:
 
 def commit() -> str | None:
     """The commit of this package's source, with '-dirty' behind it when changed; None where it is not a checkout."""
-    folder = Path(__file__).parent
+    source = Path(__file__)
+    # Installed into an environment inside somebody's own repository, this file lies in that but is no part of it.
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None
+    return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git answers in a folder; None where it is not installed, or refuses."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+        answer = subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607
             cwd=folder,
             capture_output=True,
             text=True,

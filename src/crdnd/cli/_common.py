@@ -137,6 +137,21 @@ def card_of(spec: str, weights: str | None = None) -> "ModelCard | None":
     return read_card(place) if has_card(place) else None
 
 
+def described(network: "nn.Module", spec: str, weights: str | None = None) -> "ModelCard":
+    """The card of a model; of an exported file what the file says of itself, and of any other model an empty card.
+
+    Args:
+        network: what `resolve_model` made of the spec.
+        spec: as for `card_of`.
+        weights: likewise.
+    """
+    from crdnd.models import About, ModelCard
+
+    about = getattr(network, "about", None)
+    told = about if isinstance(about, About) else About()
+    return card_of(spec, weights) or ModelCard(schema="crdnd.model/1", class_names=told.class_names, threat=told.threat)
+
+
 def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
     """Take data and threat model from the model's card where they were not given."""
     from crdnd.recipe import merge

@@ -103,6 +103,15 @@ def check_folder(images: str | None, settings: Mapping[str, Any]) -> bool:
         raise InputError(
             f"images: {images} is no folder; give one with train/ and test/ and a folder of images a class."
         )
+    if Path(images).resolve() in [place := Path(str(settings.get("out", ""))).resolve(), *place.parents]:
+        raise InputError(f"out: {place} lies in the folder of the images; choose one elsewhere, such as runs/mine.")
+    from crdnd.data import has_test
+
+    if not has_test(Path(images)):
+        print(
+            f"{images} has no test/, so nothing in it can measure the model: training looks at all of these images",
+            file=sys.stderr,
+        )
     return True
 
 

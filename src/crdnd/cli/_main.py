@@ -24,6 +24,7 @@ from crdnd.cli.study import study_command
 from crdnd.cli.train import distill_command, train_command
 from crdnd.errors import InputError, Interrupted, RunError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="crdnd",
     help="Adversarially robust distillation: small image classifiers that stay right under attack.",
@@ -71,7 +72,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Interrupted as error:
         return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("stopped.", 130)
+        return _say("stopped.", INTERRUPTED)
     except InputError as error:
         return _say(f"error: {error}", 2)
     except RunError as error:
@@ -85,6 +86,8 @@ def _exit_code(arguments: list[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _say(f"error: {error.format_message()}", 2)  # pyright: ignore[reportAttributeAccessIssue]
+    if result == INTERRUPTED:  # typer from 0.29 on makes this of Ctrl-C
+        return _say("stopped.", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

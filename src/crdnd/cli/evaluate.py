@@ -17,7 +17,7 @@ from crdnd.cli._common import (
     SeedOption,
     SetOption,
     WeightsOption,
-    card_of,
+    described,
     fill_from_card,
     given,
     print_json,
@@ -99,7 +99,7 @@ def evaluate_command(
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import ModelCard, resolve_model
+    from crdnd.models import resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -125,7 +125,7 @@ def evaluate_command(
         raise InputError(f"MODEL: name the model to evaluate. {MODEL_FORMS}")
     spec = str(values["model"])
     network = resolve_model(spec, weights)
-    card = card_of(spec, weights) or ModelCard(schema="crdnd.model/1")
+    card = described(network, spec, weights)
     fill_from_card(values, card)
     settings = build(Settings, values)
     checks = False

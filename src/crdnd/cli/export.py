@@ -14,7 +14,7 @@ from crdnd.cli._common import (
     NormOption,
     SeedOption,
     WeightsOption,
-    card_of,
+    described,
     fill_from_card,
     given,
     is_at_hand,
@@ -72,8 +72,8 @@ def export_command(
     from crdnd.data import load_data, load_test, with_classes
     from crdnd.evaluation import preset as preset_of
     from crdnd.evaluation import processes
-    from crdnd.export import export_model
-    from crdnd.models import ModelCard, device_of, resolve_model
+    from crdnd.export import check_target, export_model
+    from crdnd.models import device_of, resolve_model
     from crdnd.threat import ThreatModel
 
     class Settings(Frozen):
@@ -84,9 +84,10 @@ def export_command(
         threat: ThreatModel
         seed: int = 0
 
+    check_target(out, cast("Format", to), fresh=fresh)
     plan = preset_of(preset)
     network = resolve_model(model, weights).to(processes().device)
-    card = card_of(model, weights) or ModelCard(schema="crdnd.model/1")
+    card = described(network, model, weights)
     values = given(data=data, threat__eps=eps, threat__norm=norm, seed=seed)
     fill_from_card(values, card)
     settings = build(Settings, values)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdnd.cli._common import MODEL_FORMS, JsonOption, NormOption, WeightsOption, card_of, print_json
+from crdnd.cli._common import MODEL_FORMS, JsonOption, NormOption, WeightsOption, described, print_json
 from crdnd.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from crdnd.models import About, ModelCard
+    from crdnd.threat import ThreatModel
 
 SCHEMA = "crdnd.predictions/1"
 BATCH = 64
@@ -62,12 +62,10 @@ def predict_command(
     from crdnd.threat import ThreatModel
 
     network = resolve_model(model, weights).to(processes().device)
-    card = card_of(model, weights)
-    about: ModelCard | About | None = card or getattr(network, "about", None)
-    names = about.class_names if about else ()
+    card = described(network, model, weights)
     search = None
     if distance:
-        search = build(ThreatModel, _search(about, norm, up_to), where="distance")
+        search = build(ThreatModel, _search(card.threat, norm, up_to), where="distance")
     elif norm is not None or up_to is not None:
         raise InputError(f"{'norm' if up_to is None else 'up_to'}: belongs to --distance; give that too.")
     files, unreadable = _expanded(images)
@@ -90,7 +88,7 @@ def predict_command(
         if search is not None:
             found = nearest_adversarial(network, x, norm=search.norm, bound=search.eps).tolist()
         for file, row, eps in zip(readable, probabilities, found, strict=True):
-            entry: dict[str, Any] = {"file": str(file), "classes": _most_likely(row, names, top)}
+            entry: dict[str, Any] = {"file": str(file), "classes": _most_likely(row, card.class_names, top)}
             if search is not None:
                 eps = eps if eps is not None and math.isfinite(eps) else None
                 entry["distance"] = {"norm": search.norm, "eps": eps, "up_to": search.eps}
@@ -106,9 +104,8 @@ def predict_command(
         raise typer.Exit(2)
 
 
-def _search(about: "ModelCard | About | None", norm: str | None, up_to: str | None) -> dict[str, Any]:
+def _search(threat: "ThreatModel | None", norm: str | None, up_to: str | None) -> dict[str, Any]:
     """Norm and bound of the search: those given, else by the model's own threat model."""
-    threat = about.threat if about else None
     chosen = norm or (threat.norm if threat else "linf")
     if up_to is not None:
         return {"norm": chosen, "eps": up_to}

@@ -207,6 +207,7 @@ def _run(settings: dict[str, Any], *, fresh: bool) -> "Run":
 
 
 def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
+    from crdnd.data import has_test
     from crdnd.models import read_card
 
     card = read_card(run.folder)
@@ -230,5 +231,9 @@ def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
     )
     print(f"{len(run.history)}: validation clean {best.clean.percent:.1f}%, robust {best.robust.percent:.1f}%.")
     data = str(settings.get("data") or "")
-    where = f" --data {shlex.quote(data)}" if data and Path(data).is_dir() else ""
-    print(f"Measure it under attack on test data: crdnd evaluate {run.folder}{where}")
+    what, where = "test data", ""
+    if data and Path(data).is_dir():
+        where = f" --data {shlex.quote(data)}"
+        if not has_test(Path(data)):
+            what, where = "images that it was not trained on", " --data FOLDER"
+    print(f"Measure it under attack on {what}: crdnd evaluate {run.folder}{where}")

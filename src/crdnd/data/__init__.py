@@ -8,7 +8,7 @@ from pathlib import Path
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment, augmentation_names
 from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes, with_wrong_labels
-from crdnd.data._files import LAYOUTS, read_images, refuse_image_size, training_folder
+from crdnd.data._files import LAYOUTS, has_test, read_images, refuse_image_size, training_folder
 from crdnd.data._hub import PREFIX, read_hub
 from crdnd.data._images import image_files, image_shape, read_image, stacked
 from crdnd.data._named import HELD_OUT, VARIABLE, DataInfo, data_folder
@@ -31,6 +31,7 @@ __all__ = [
     "augmentation_names",
     "data_folder",
     "data_names",
+    "has_test",
     "image_files",
     "image_shape",
     "load_data",

@@ -30,7 +30,7 @@ LAYOUTS = (
 # What the folders of splits are called, and which split each one is.
 SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
-    "test": "test",
+    "test": "test", "testing": "test",
 }  # fmt: skip
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which a folder is read into memory; a larger one is decoded as it is used."""
@@ -217,14 +217,30 @@ def brought_to(image_size: int | None, model_shape: Shape | None) -> tuple[Size 
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders train, validation and test by these names, where a folder holds nothing else; else none."""
+    """The folders train, validation and test by these names; none where a folder holds classes.
+
+    Raises:
+        InputError: it holds both, so that parts of the data would be taken for classes.
+    """
     entries = {entry.name.lower(): entry for entry in subfolders(folder)}
-    return {SPLITS[name]: entry for name, entry in entries.items()} if set(entries) <= set(SPLITS) else {}
+    parts = {SPLITS[name]: entry for name, entry in entries.items() if name in SPLITS}
+    if len(entries.keys() & SPLITS.keys()) == len(entries):
+        return parts
+    # A class may be called train, but it holds images and not classes.
+    if split := next((entry for entry in parts.values() if subfolders(entry)), None):
+        other = next(entry for name, entry in entries.items() if name not in SPLITS)
+        raise InputError(f"{folder}: has {other.name} beside {split.name}; leave only train, val and test in it.")
+    return {}
 
 
 def training_folder(folder: Path) -> Path:
     """Where the classes of the training data lie: the folder train in it, or the folder itself."""
     return split_folders(folder).get("train", folder)
+
+
+def has_test(folder: Path) -> bool:
+    """Whether a folder of training data holds test data too."""
+    return published_layout(folder) is not None or "test" in split_folders(folder)
 
 
 def read_classes(

@@ -39,7 +39,8 @@ MOST_PIXELS = 89_478_485
 TOO_LARGE = f"has more than {MOST_PIXELS // 10**6} million pixels; make it smaller."
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 """What the last bytes of a whole file contain."""
-HINTS = {".heic": "save it as JPEG", ".heif": "save it as JPEG"}
+HEIC = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
+"""How a photograph of a phone begins, behind four bytes, that Pillow does not read."""
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -146,9 +147,19 @@ def _opened(file: Path) -> Generator["PIL.Image.Image"]:
     except Image.DecompressionBombError:
         raise InputError(f"{file}: {TOO_LARGE}") from None
     except Exception as error:  # a decoder raises whatever it stumbles over in a damaged file
-        hint = HINTS.get(file.suffix.lower())
+        if _is_heic(file):
+            raise InputError(f"{file}: is a HEIC image, which is not read; save it as JPEG.") from None
         reason = getattr(error, "strerror", None) or first_line(error).replace(f" {str(file)!r}", "")
-        raise InputError(f"{file}: is not a readable image ({reason}){f'; {hint}' if hint else ''}.") from None
+        raise InputError(f"{file}: is not a readable image ({reason}).") from None
+
+
+def _is_heic(file: Path) -> bool:
+    """By its content: on their way from a phone such files are often renamed."""
+    try:
+        with file.open("rb") as handle:
+            return handle.read(12)[4:] in HEIC
+    except OSError:
+        return False
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from crdnd.export._int8 import dequantised
 from crdnd.export.document import Cost, Equality, Export, Latency, Measured, Quantisation, Share, read_exports
-from crdnd.export.run import FORMATS, TOLERANCE, export_model
+from crdnd.export.run import FORMATS, TOLERANCE, check_target, export_model
 
 __all__ = [
     "FORMATS",
@@ -14,6 +14,7 @@ __all__ = [
     "Measured",
     "Quantisation",
     "Share",
+    "check_target",
     "dequantised",
     "export_model",
     "read_exports",

@@ -37,6 +37,9 @@ class Share(Frozen):
         """Without the interval, to be shown."""
         return Count(correct=self.correct, n=self.n)
 
+    def __str__(self) -> str:
+        return str(self.count)
+
 
 class Measured(Frozen):
     """What is right naturally, under each attack, and under all of them."""
@@ -59,6 +62,9 @@ class Cost(Frozen):
         """From verdicts, a character an image."""
         found = paired_difference(file, model)
         return cls(points=found.points, low=found.low, high=found.high)
+
+    def __str__(self) -> str:
+        return f"{self.points:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
 class Equality(Frozen):

@@ -81,11 +81,9 @@ def export_model(
             model within 1e-4 on 1,000 inputs; nothing is written then.
     """
     out = Path(out)
-    _check_place(out, to, fresh=fresh)
+    check_target(out, to, fresh=fresh)
     if not has_gradients(model):
         raise InputError("export: the model is an ONNX file without gradients; export the model it was made from.")
-    if to != "program":
-        check_packages()
     if to == "int8" and training_data is None:
         raise InputError("export: int8 needs training data to calibrate with; give training_data.")
     device, (channels, height, width) = data.device, data.shape
@@ -109,8 +107,7 @@ def export_model(
         place = Path(temporary)
         if to == "program":
             content = _program(eager, shape, about)
-            file = _opened(place / f"file{FORMATS[to]}", content)
-            difference = _equal(eager, file, x)
+            difference = _equal(eager, _opened(place / "program.pt2", content), x)
         else:
             graph = folded(traced(eager, shape, any_size=False), shape)
             core = onnx_graph(graph)
@@ -123,10 +120,8 @@ def export_model(
                 content = joined(small, shape, about).SerializeToString()
                 twin = twin_of(graph, core, small, images[:EXAMPLES])
                 twin = adapted(twin, (channels, height, width), shape, "twin").to(device)
-        make_folder(out.parent)
-        _document(out).unlink(missing_ok=True)  # it is about the file that was there before
-        atomic_write_bytes(out, content)
-    file = resolve_model(str(out)).to(device)
+        make_folder(out.parent)  # before the work, so that its result is not lost
+        file = _opened(place / out.name, content).to(device)
 
     verdicts, square = Verdicts(file, data), choose_attacks({"square": {"queries": square_queries}})["square"]
     on_model = evaluate(
@@ -152,23 +147,30 @@ def export_model(
         cost_worst_case=Cost.of(verdicts.text("worst_case"), row.stands()),
         latency=latencies(eager, file.cpu(), x), versions=_versions(), commit=commit(), command=command(),
     )  # fmt: skip
-    atomic_write_text(_document(out), export.to_json())
+    document = out.with_name(f"{out.name}.json")
+    document.unlink(missing_ok=True)  # it is about the file that was there before
+    atomic_write_bytes(out, content)
+    atomic_write_text(document, export.to_json())
     if folder is not None:
         remember(folder, export)
     return export
 
 
-def _document(out: Path) -> Path:
-    return out.with_name(f"{out.name}.json")
+def check_target(out: Path, to: Format, *, fresh: bool = False) -> None:
+    """What can be known of an export before model and data are read.
 
-
-def _check_place(out: Path, to: Format, *, fresh: bool) -> None:
+    Raises:
+        InputError: there is no such format, the name does not end as its files do, the file is there already, or a
+            package is missing.
+    """
     if to not in FORMATS:
         raise InputError(f"to: must be one of {', '.join(FORMATS)}, got {to!r}.")
     if out.suffix != FORMATS[to]:
         raise InputError(f"out: a file of the format {to} ends in {FORMATS[to]}, got {out.name}.")
     if out.exists() and not fresh:
         raise InputError(f"out: {out} is there already; use --fresh to write over it, or choose another --out.")
+    if to != "program":
+        check_packages()
 
 
 def _program(model: nn.Module, shape: Shape, about: Mapping[str, str]) -> bytes:

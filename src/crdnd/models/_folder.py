@@ -86,8 +86,10 @@ def save_model(folder: Path, model: nn.Module, card: ModelCard) -> ModelCard:
 def read_card(path: Path) -> ModelCard:
     """The card of a model folder or of a weights file."""
     file = path / CARD if path.is_dir() else path.with_suffix(".json")
+    if not path.is_dir() and path.suffix != ".safetensors":
+        raise InputError(f"{path}: is no model; give a model folder, or a .safetensors, .pt2 or .onnx file.")
     if not file.exists():
-        raise InputError(f"{path}: is not a model folder, {file.name} is missing.")
+        raise InputError(f"{path}: is not a model folder, {file.name} is missing; give a finished run, or copy it too.")
     return parse_card(read_bytes(file), str(file))
 
 

@@ -19,7 +19,7 @@ def export_table(export: Export) -> Table:
             f"Intervals are 95%. Logits within {equality.largest_difference:.2g} of the model's on {equality.inputs} "
             f"inputs{' before quantisation' if export.quantisation else ''}. (model): made by the model's gradients; "
             f"{'(twin): by those of the dequantised twin; ' if export.quantisation else ''}square: "
-            f"{export.square_queries} queries. Times on {export.latency[0].threads} threads."
+            f"{export.square_queries} queries. Times are for one image, on {export.latency[0].threads} threads."
         ),
         box=box.SIMPLE,
         padding=0,
@@ -39,9 +39,9 @@ def export_table(export: Export) -> Table:
         table.add_row(words.get(kind, attack), _cell(own), _cell(share), "")
     table.add_row("worst case", _cell(model.worst_case), _cell(file.worst_case), _cost(export.cost_worst_case))
     if export.quantisation is not None:
-        table.add_row("same class as the model", "", _cell(export.quantisation.agreeing), "")
+        table.add_row("same class", "", _cell(export.quantisation.agreeing), "")
     for line in export.latency:
-        name = f"ms an image, batch {line.batch}"
+        name = f"ms, batch of {line.batch}"
         table.add_row(name, f"{line.model:.3f}", f"{line.file:.3f}", f"{line.model / line.file:.2f} x as fast")
     return table
 
@@ -53,4 +53,5 @@ def _cell(share: Share | None) -> Text:
 
 
 def _cost(cost: Cost) -> Text:
-    return Text(f"  {cost.points:+.1f}").append(f" [{cost.low:+.1f}, {cost.high:+.1f}]", style="dim")
+    points, interval = str(cost).split(" ", 1)
+    return Text(f"  {points}").append(f" {interval}", style="dim")

@@ -1,7 +1,6 @@
 """A model folder's `README.md`, in the Hub's layout: every number comes from the files in the folder."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from crdnd.engine.checkpoint import read_checkpoint
 from crdnd.engine.run import RUN
 from crdnd.errors import InputError
 from crdnd.evaluation.result import Results, Row, load_results
+from crdnd.export import read_exports
 from crdnd.io import atomic_write_text, json_object, read_bytes, read_json, read_verified, sha256
 from crdnd.models import CARD, EVALUATION, EXPORTS, PAGE, WEIGHTS, ModelCard, exported_files, read_card
 from crdnd.threat import ThreatModel
@@ -62,7 +62,7 @@ def model_card(folder: Path, *, licence: str = "", repository: str = "OWNER/NAME
         epochs=history,
         chosen=history[saved.best_epoch - 1] if saved and saved.best_epoch else None,
         run=provenance.without_places(read_json(folder / RUN)) if (folder / RUN).exists() else {},
-        exports=_exports(folder),
+        exports=[export for export in read_exports(folder) if export.source_sha256 == card.sha256],
         repository=repository,
         yaml=_yaml,
     )
@@ -179,28 +179,6 @@ def _front_matter(name: str, card: ModelCard, licence: str, results: Results | N
             }
         ]
     return front
-
-
-def _exports(folder: Path) -> list[dict[str, str]]:
-    """Each exported file as pairs of what was measured and its value; whatever else the documents hold is left out."""
-    if not (folder / EXPORTS).exists():
-        return []
-    try:
-        documents = json.loads(read_bytes(folder / EXPORTS))
-    except ValueError as error:
-        raise InputError(f"{folder / EXPORTS}: cannot be read as JSON ({error}).") from None
-    found = documents if isinstance(documents, list) else []
-    return [_flat(provenance.without_places(one)) for one in found if isinstance(one, dict)]
-
-
-def _flat(document: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
-        elif isinstance(value, str | int | float):
-            found[f"{before}{key}"] = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return found
 
 
 def _shared_json(path: Path) -> bytes:
