@@ -18,6 +18,7 @@ from crdnd.config import build
 from crdnd.evaluation import PRESETS, TABLE_ATTACKS, Results, load_adversarial, make_protocol
 from crdnd.models import model_names, weights_sha256
 from crdnd.objectives import objective_names
+from crdnd.provenance import installed_version
 from crdnd.recipe import Recipe
 from crdnd.threat import ThreatModel
 
@@ -173,6 +174,11 @@ def test_the_command_without_a_command_shows_what_there_is(crdnd):
 
 
 SLOW_TO_IMPORT = ("torch", "numpy", "accelerate", "huggingface_hub", "plotly", "sklearn")
+
+
+def test_the_version_is_that_of_the_package(crdnd):
+    ended = crdnd("--version")
+    assert (ended.status, ended.out.strip()) == (0, installed_version("crdnd"))
 
 
 def test_help_does_not_wait_for_what_is_slow_to_import(tmp_path):

@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from crdnd import __version__
 from crdnd.cli.check_teacher import check_teacher_command
 from crdnd.cli.compare import compare_command
 from crdnd.cli.data import data_app
@@ -56,8 +58,13 @@ app.add_typer(data_app, name="data")
 
 
 @app.callback(invoke_without_command=True)
-def _without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
+def _without_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
         print(context.get_help())
 
 
