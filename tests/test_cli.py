@@ -99,6 +99,7 @@ OPTIONS = {
         "--norm",
         "--epochs", "--preset", "--n", "--baseline", "--out", "--jobs", "--fresh", "--json",
     },
+    "study": {"--quick", "--part", "--out", "--results", "--jobs", "--json"},
     "diff": {"--json"},
     "demo": {"--recipe", "--out", "--jobs", "--epochs", "--seed", "--data-dir", "--fresh", "--json"},
     "list": {"--json"},
@@ -257,7 +258,7 @@ def test_the_list_of_objectives_tells_how_many_teachers_each_needs(crdnd):
     entries = json.loads(crdnd("list", "objectives", "--json").out)["objectives"]
     assert {entry["name"]: entry["teachers"] for entry in entries} == {
         "natural": 0, "pgd_at": 0, "trades": 0, "mart": 0, "kd": 1, "ard": 1, "iad": 1, "rslad": 1, "adaad": 1,
-        "adaiad": 1, "saad": 1, "crd": 1, "crdnd": 1, "akd": 2, "iad2": 2, "mtard": 2,
+        "adaiad": 1, "saad": 1, "crd": 1, "crdnd": 1, "crdnd_plus": 1, "akd": 2, "iad2": 2, "mtard": 2,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""MART, KD, AdaAD, AdaIAD, CRD and SAAD: values worked out by hand, and where their gradients go."""
+"""MART, KD, AdaAD, AdaIAD, CRD, SAAD and CRDND+: values worked out by hand, and where their gradients go."""
 
 import copy
 import math
@@ -88,6 +88,7 @@ def in_two_processes(objective, v, what):
         ("adaad", ("adaad", "gaussian", "eval")),
         ("adaiad", ("adaad", "gaussian", "eval")),
         ("saad", ("linear_teacher", "gaussian", "eval")),
+        ("crdnd_plus", ("trades", "gaussian", "eval")),
     ],
 )
 def test_a_method_trains_against_the_attack_of_its_paper(name, attack):
@@ -338,6 +339,56 @@ def test_saad_in_two_processes_is_saad_in_one():
     (_, first), (_, second) = in_two_processes(objective, v, lambda o, part: o(part))
     for name, term in whole.terms.items():
         torch.testing.assert_close(torch.cat([first.terms[name], second.terms[name]]), term, rtol=0, atol=1e-12)
+
+
+# --- CRDND+ -----------------------------------------------------------------------------------------------------------
+
+
+def test_crdnd_plus_without_its_teacher_is_trades():
+    objective = make("crdnd_plus", CLASSES, alpha=0, relation=0, beta=4)
+    v = random_views(objective.needs)
+    torch.testing.assert_close(objective(v).total, make("trades", CLASSES, beta=4)(v).total)
+
+
+def test_crdnd_plus_trusts_a_teacher_as_far_as_it_believes_the_label_and_repairs_a_wrong_one():
+    # Of labels 0 and 1 the teacher believes 9/10 and 1/10; asked about the second, it is repaired to 9/10 for it.
+    sure = [math.log(9), 0.0]
+    views = {
+        "s_nat": torch.zeros(2, 2, dtype=torch.float64),
+        "s_adv": torch.tensor([[math.log(3), 0.0]] * 2, dtype=torch.float64),
+        "s_adv_features": torch.ones(2, 3, dtype=torch.float64),
+        "t_nat": torch.tensor([sure, sure], dtype=torch.float64),
+        "t_nat_features": torch.ones(2, 4, dtype=torch.float64),
+    }
+    terms = make("crdnd_plus", alpha=0.5, beta=2)(Views(torch.tensor([0, 1]), views=views))
+    own = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    teacher = [0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)]
+    teacher.append(0.1 * math.log(0.1 / 0.75) + 0.9 * math.log(0.9 / 0.25))
+    assert values(terms, "ce_nat") == close([math.log(2)] * 2)
+    assert values(terms, "kl_self") == close([2 * (1 - 0.45) * own, 2 * (1 - 0.05) * own])
+    assert values(terms, "kl_teacher") == close([2 * 0.45 * teacher[0], 2 * 0.05 * teacher[1]])
+    assert values(terms, "relation") == close([0.0, 0.0])  # with one other example there is nothing to tell apart
+
+
+def test_crdnd_plus_relates_every_example_to_each_other_one_as_the_teacher_does():
+    objective = make("crdnd_plus", CLASSES, tau=0.3, relation=2)
+    v = random_views(objective.needs)
+    rows = []
+    for i in range(BATCH):
+        others = [j for j in range(BATCH) if j != i]
+        p, q = (
+            F.softmax(torch.stack([F.cosine_similarity(f[i], f[j], dim=0) for j in others]) / 0.3, dim=0)
+            for f in (v["t_nat_features"], v["s_adv_features"])
+        )
+        rows.append(2 * (p * (p / q).log()).sum())
+    found = objective(v).terms["relation"]
+    torch.testing.assert_close(found, torch.stack(rows))
+    found.mean().backward()
+    slope = v["s_adv_features"].grad
+    assert bool(slope.isfinite().all())
+    assert (
+        float((slope * v["s_adv_features"].detach()).sum(1).abs().max()) < 1e-12
+    )  # the length of features does not matter
 
 
 # --- CRD --------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from crdnd import __version__
 from crdnd.cli.check_teacher import check_teacher_command
 from crdnd.cli.compare import compare_command
 from crdnd.cli.data import data_app
@@ -63,7 +62,9 @@ def _without_command(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(__version__)
+        from crdnd.provenance import installed_version
+
+        print(installed_version("crdnd"))
     elif context.invoked_subcommand is None:
         print(context.get_help())
 

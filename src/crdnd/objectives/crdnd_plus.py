@@ -1,0 +1,95 @@
+"""CRDND+: a denoised teacher and relations among examples, without the flaws of CRDND as published; our own method.
+
+    x' = argmax_{x' in B(x, eps)}  KL(S(x) || S(x'))      10 steps, start 0.001 N(0, 1), batch norm in eval mode
+    min_S  CE(S(x), y) + beta [(1 - a) KL(S(x) || S(x')) + a KL(T~(x) || S(x'))] + weight KL(R^T || R^S)
+
+    T~  = T(x) with the largest logit and that of the label swapped, where the teacher is wrong
+    a   = alpha T_y(x), how far the teacher is trusted on this sample
+    R^T = softmax_j( cos(f_T(x), f_T(x_j)) / tau ),   R^S = softmax_j( cos(f_S(x'), f_S(x'_j)) / tau ),   j not itself
+
+    here                 what                         here               what
+    v["s_nat"], s_adv    S(x), S(x')                  alpha, beta, tau   as above
+    v["t_nat"]           T(x)                         weight             relation
+
+What is kept of CRDND (arXiv 2302.08764): the teacher's errors are modelled, and knowledge is carried by how examples
+relate. What is different, and the measured flaw it removes (docs/methods/crdnd.md):
+
+- every term on predictions is a divergence or a cross-entropy, so that the scale of the logits means something;
+- an example is compared with the others as the teacher compares them, softly and on features: no example of the own
+  class is pushed away, and nothing forces logits apart for ever;
+- the teacher is trusted sample by sample and repaired where it is wrong, instead of mixing the student's predictions by
+  class accuracies. At alpha = weight = 0 nothing of the teacher is left, and this is TRADES (arXiv 1901.08573).
+
+Relations as what is distilled are due to Park et al. 2019 (arXiv 1904.05068), the repair to Park and Min 2024 (DGAD,
+ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928). Its study is not finished: no number here speaks for it yet.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from crdnd.losses import cross_entropy, kl, repaired
+from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, TrainingAttack, Views
+
+
+def relation(anchors: Tensor, pool: Tensor, own: Tensor, tau: float) -> Tensor:
+    """How alike an example is to each other one, as logits: cos / tau, -inf for itself. (A, D), (P, D) -> (A, P).
+
+    Args:
+        anchors: features of the examples.
+        pool: features of all examples, the anchors among them.
+        own: the place of each anchor in the pool, int64 (A,).
+        tau: temperature.
+    """
+    similarity = (F.normalize(anchors, dim=1) / tau) @ F.normalize(pool, dim=1).T
+    return similarity.scatter(1, own[:, None], -torch.inf)
+
+
+class Settings(ObjectiveSettings):
+    """CRDND+'s settings."""
+
+    beta: float = Field(default=6.0, ge=0, description="Weight of the two divergences under attack.")
+    alpha: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Largest share of the teacher in them; the student's own belief has the rest.",
+    )
+    relation: float = Field(default=1.0, ge=0, description="Weight of the relations among examples.")
+    tau: float = Field(default=0.1, gt=0, description="Temperature of the relations.")
+
+
+class CRDNDPlus(Objective):
+    """TRADES whose reference is partly a repaired teacher, trusted by the sample, and whose features relate as its."""
+
+    paper = "this project, after Wang et al. 2023, arXiv 2302.08764"
+    needs = frozenset({"s_nat", "s_adv", "s_adv_features", "t_nat", "t_nat_features"})
+    attack = TrainingAttack(loss="trades", start="gaussian", mode="eval")
+    relates_samples = True
+    settings: Settings
+    settings_class = Settings
+
+    def terms(self, v: Views) -> LossTerms:
+        """The natural cross-entropy, both divergences under attack, and the relations."""
+        chosen = self.settings
+        trusted = chosen.alpha * F.softmax(v["t_nat"], dim=1).gather(1, v.y[:, None])[:, 0]
+        return LossTerms(
+            ce_nat=cross_entropy(v["s_nat"], v.target),
+            kl_self=chosen.beta * (1 - trusted) * kl(v["s_nat"], v["s_adv"]),
+            kl_teacher=chosen.beta * trusted * kl(repaired(v["t_nat"], v.y), v["s_adv"]),
+            relation=chosen.relation * self._relations(v["t_nat_features"], v["s_adv_features"]),
+        )
+
+    def _relations(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """KL(R^T || R^S) of each of this process's samples with the joined batch. -> (N,)."""
+        gather, n = self.processes.gather, len(student)
+        own = self.processes.index * n + torch.arange(n, device=student.device)
+        target = F.log_softmax(relation(teacher, gather(teacher), own, self.settings.tau), dim=1)
+        found = F.log_softmax(relation(student, gather(student), own, self.settings.tau), dim=1)
+        # 0 log 0 of an example with itself: its place is left out of the sum, not multiplied by 0.
+        apart = (target - found).scatter(1, own[:, None], 0.0)
+        return (target.exp() * apart).sum(dim=1)
+
+
+METHOD = CRDNDPlus
