@@ -400,7 +400,7 @@ CHOICES = list(
     itertools.product(
         SPACES,
         (False, True),
-        ("with_positive", "without_positive"),
+        ("with_positive", "without_positive", "other_classes"),
         ("student_teacher", "natural_adversarial"),
         ("symmetric", "one_sided"),
     )
@@ -447,6 +447,8 @@ def naive_relation(v, kind, matrices, *, space, centre, denominator, views, side
                 pool = [(partner, other, j) for other in ("nat", "adv") for j in range(n)]
             if denominator == "without_positive":
                 pool.remove(positive)
+            if denominator == "other_classes":
+                pool = [member for member in pool if member == positive or v.y[member[2]] != v.y[i]]
             score = {member: cosine(anchor, points[member[0] + member[1]][member[2]]) / tau for member in pool}
             on_top = cosine(anchor, points[partner + kind][i]) / tau
             losses.append(-math.log(math.exp(on_top) / math.fsum(math.exp(s) for s in score.values())))

@@ -11,6 +11,7 @@ import yaml
 from crdnd.cli import main, study
 from crdnd.cli._grid import make_grid
 from crdnd.errors import InputError
+from crdnd.recipe import Recipe
 
 torch.set_num_threads(1)  # networks this small wait for their threads more than they compute
 
@@ -86,8 +87,12 @@ def test_what_is_not_there_is_said_in_one_line(tiny, capsys, arguments, message)
 def test_every_shipped_study_can_be_run(name, tmp_path):
     parts = study.study_parts(name)
     assert study.QUICK in parts
+    folders: dict[str, Recipe] = {}
     for spec in parts.values():
-        assert make_grid(spec, tmp_path).cells
+        grid = make_grid(spec, tmp_path)
+        runs = [run for cell in grid.cells for run in cell.candidates]
+        for run in [*runs, *grid.trials.values(), *grid.teachers.values()]:
+            assert folders.setdefault(run.out, run) == run, "two parts mean different runs by one folder"
 
 
 def test_an_unknown_study_is_refused():

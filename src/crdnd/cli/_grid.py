@@ -257,11 +257,15 @@ def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
 
 def _check_runs(grid: Grid) -> None:
     """Settings that only a run itself would refuse, said before the first one starts."""
-    seen: set[str] = set()
+    seen: set[tuple[Any, ...]] = set()
     loaded: dict[tuple[str, int, int | None], Splits] = {}
     runs = [*grid.teachers.values(), *(run for cell in grid.cells for run in cell.candidates)]
     for run in runs:
-        alike = run.model_dump_json(exclude={"seed", "split_seed", "out"})
+        sources = [getattr(run, key) for key in TEACHER_KEYS]
+        alike = (
+            run.model_dump_json(exclude={"seed", "split_seed", "out", *TEACHER_KEYS}),
+            *(grid.teacher_names.get(source, source) for source in sources),  # without the seed in its folder
+        )
         if alike not in seen:
             seen.add(alike)
             data = run.data, run.split_seed, run.image_size

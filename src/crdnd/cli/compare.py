@@ -3,6 +3,7 @@
 import json as json_module
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +63,7 @@ def compare_command(
     norm: NormOption = None,
     epochs: EpochsOption = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="Attacks: quick, rslad-table, standard, rand or full.")
+        str | None, typer.Option("--preset", help="Attacks: quick, apgd, rslad-table, standard, rand or full.")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N test images.")] = None,
     baseline: Annotated[
@@ -93,41 +94,83 @@ def compare_command(
 
         crdnd compare --recipe rslad-cifar10-resnet18-short --objectives rslad,crdnd --teacher runs/teacher
     """  # noqa: E501
-    from crdnd.cli._grid import make_grid
     from crdnd.io import exclusive, make_folder, move_aside
 
     shared = given(data=data, threat__eps=eps, threat__norm=norm, epochs=epochs)
     options = given(preset=preset, n=n, baseline=baseline, seeds=None if seeds is None else list(range(seeds)))
     spec = _spec(recipe, assignments or [], shared, options, objectives, students or [], teachers or [])
-    _protocols(spec, make_grid(spec, out))  # whatever is wrong with it is said before anything is written
+    plan = make_plan(spec, out)  # whatever is wrong with it is said before anything is written
     make_folder(out)
     with exclusive(out):
         if fresh:
             move_aside(out)
-        comparison = run_comparison(spec, out, out / RESULTS, out / LOG, jobs)
+        refuse_another(out / RESULTS, spec, "Use --fresh to move it aside and start over, or choose another --out.")
+        comparison = run_plan(plan, out / RESULTS, out / LOG, jobs)
         _report(comparison, out, json=json)
     raise_failures(comparison)
 
 
-def run_comparison(spec: "Spec", out: Path, document: Path, log: Path, processes: int | None) -> "Comparison":
+@dataclass(frozen=True)
+class Plan:
+    """A comparison, worked out and found to be in order."""
+
+    spec: "Spec"
+    out: Path
+    """The folder of the runs, which comparisons with the same teachers may share."""
+    grid: "Grid"
+    protocols: Mapping[int, "Protocol"]
+    """What the cells are measured under, by the seed of the split."""
+
+
+def make_plan(spec: "Spec", out: Path) -> Plan:
+    """Work a comparison out; nothing is written.
+
+    Raises:
+        InputError: anything in the spec that a run would refuse, in one line that says where.
+    """
+    from crdnd.cli._grid import make_grid
+    from crdnd.evaluation import make_protocol
+    from crdnd.evaluation import preset as preset_of
+
+    grid, preset = make_grid(spec, out), preset_of(spec.preset)
+    runs = {cell.candidates[0].split_seed: cell.candidates[0] for cell in grid.cells}
+    return Plan(spec, out, grid, {
+        split_seed: make_protocol(held_out_images(run, spec.n), run.threat, preset.attacks, checks=preset.checks)
+        for split_seed, run in runs.items()
+    })  # fmt: skip
+
+
+def refuse_another(document: Path, spec: "Spec", instead: str) -> None:
+    """Refuse a document of another comparison, and say what to do instead.
+
+    One that this comparison only adds cells to is the same.
+    """
+    from crdnd.cli._grid import Spec, what_differs
+    from crdnd.config import build
+    from crdnd.report.comparison import load_comparison
+
+    if document.exists():
+        found = what_differs(build(Spec, load_comparison(document).spec, where=str(document)), spec)
+        if found:
+            raise InputError(
+                f"{document.parent}: holds a comparison with other settings ({'; '.join(found)}). {instead}"
+            )
+
+
+def run_plan(plan: Plan, document: Path, log: Path, processes: int | None) -> "Comparison":
     """Do what a comparison has not done yet.
 
     Args:
-        spec: the comparison.
-        out: the folder of the runs, which comparisons with the same teachers may share.
-        document: where `crdnd.compare-results/1` is written, first of all before the first run.
+        plan: the comparison.
+        document: where `crdnd.compare-results/1` is written.
         log: what every look at test data is appended to.
         processes: runs side by side; by default one a core.
     """
-    from crdnd.cli._grid import make_grid
-
-    grid = make_grid(spec, out)
-    protocols = _protocols(spec, grid)
-    _open(document, spec)
-    # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one.
-    _write(document, _collect(spec, grid, protocols, out, {}))
-    failures = _run(spec, grid, protocols, out, log, processes)
-    comparison = _collect(spec, grid, protocols, out, failures)
+    # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one. Numbers
+    # whose runs are gone stay until there are new ones.
+    if not document.exists():
+        _write(document, _collect(plan, {}))
+    comparison = _collect(plan, _run(plan, log, processes))
     _write(document, comparison)
     return comparison
 
@@ -220,46 +263,16 @@ def _teacher_name(text: str) -> str:
     return text.partition(":")[2] if ":" in text and not Path(text).exists() else Path(text).resolve().name
 
 
-def _protocols(spec: "Spec", grid: "Grid") -> dict[int, "Protocol"]:
-    """What the cells are measured under, by the seed of the split."""
-    from crdnd.evaluation import make_protocol
-    from crdnd.evaluation import preset as preset_of
-
-    plan = preset_of(spec.preset)
-    runs = {cell.candidates[0].split_seed: cell.candidates[0] for cell in grid.cells}
-    return {
-        split_seed: make_protocol(held_out_images(run, spec.n), run.threat, plan.attacks, checks=plan.checks)
-        for split_seed, run in runs.items()
-    }
-
-
-def _open(document: Path, spec: "Spec") -> None:
-    """Refuse a document of another comparison; one that this one only adds cells to is the same."""
-    from crdnd.cli._grid import Spec, what_differs
-    from crdnd.config import build
-    from crdnd.report.comparison import load_comparison
-
-    if document.exists():
-        found = what_differs(build(Spec, load_comparison(document).spec, where=str(document)), spec)
-        if found:
-            raise InputError(
-                f"{document.parent}: holds a comparison with other settings ({'; '.join(found)}). "
-                "Use --fresh to move it aside and start over, or choose another --out."
-            )
-
-
-def _run(
-    spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, log: Path, processes: int | None
-) -> dict[str, str]:
+def _run(plan: Plan, log: Path, processes: int | None) -> dict[str, str]:
     """Run what is not done yet. Returns the jobs that failed, with why."""
     from crdnd.cli._jobs import cores_for, run_jobs, showing_jobs
 
-    work = list(_jobs(spec, grid, protocols, out, log))
+    work = list(_jobs(plan, log))
     failures: dict[str, str] = {}
     if not work:
         return failures
     processes = processes or min(os.cpu_count() or 1, len(work))
-    with showing_jobs([job.name for job in work]) as display, saved_in(out):
+    with showing_jobs([job.name for job in work]) as display, saved_in(plan.out):
 
         def on_failed(name: str, why: str) -> None:
             failures[name] = why
@@ -272,16 +285,18 @@ def _run(
     return failures
 
 
-def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, log: Path) -> Iterator[Any]:
+def _jobs(plan: Plan, log: Path) -> Iterator[Any]:
     """Teachers, then trials, then cells, without what is done or what only that needs.
 
-    Every cell comes after all trials: no test image is looked at before the settings of every method are chosen.
+    Every cell comes after all trials: no test image is looked at before the settings of every method are chosen. Cells
+    go seed by seed, so that a comparison that was stopped has pairs to compare.
     """
     from crdnd.cli._grid import TEACHER_KEYS
     from crdnd.cli._jobs import Job
     from crdnd.engine import is_finished
 
-    cells = [cell for cell in grid.cells if _measured(cell, protocols, out) is None]
+    grid, seeds = plan.grid, plan.spec.seeds
+    cells = [cell for cell in grid.cells if _measured(cell, plan) is None]
     asked = {run.out for cell in cells for trial in cell.judged for run in trial}
     trials = {name: run for name, run in grid.trials.items() if run.out in asked and not _is_over(run)}
     by_folder = {run.out: name for name, run in grid.teachers.items() if not is_finished(Path(run.out))}
@@ -299,9 +314,9 @@ def _jobs(spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: 
     names = {run.out: name for name, run in trials.items()}
     for name, run in trials.items():
         yield Job(name, train_run, (run, True), teachers_of([run]))
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: seeds.index(cell.seed)):
         own = tuple(names[run.out] for trial in cell.judged for run in trial if run.out in names)
-        arguments = (cell, spec.preset, spec.n, log)
+        arguments = (cell, plan.spec.preset, plan.spec.n, log)
         yield Job(cell.name, measure_cell, arguments, (*teachers_of(cell.candidates), *own), tuple(trials))
 
 
@@ -398,7 +413,7 @@ def _chosen(cell: "Cell") -> "Recipe | None":
     return None if place is None else cell.candidates[place]
 
 
-def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "CellResult | None":
+def _measured(cell: "Cell", plan: Plan) -> "CellResult | None":
     """A cell's numbers, if it is finished and was measured under this protocol."""
     from crdnd.cli._common import card_of
     from crdnd.engine.checkpoint import read_checkpoint
@@ -406,7 +421,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
     from crdnd.report.comparison import CellResult
 
     recipe = _chosen(cell)
-    folder = Path(recipe.out) if recipe else out
+    folder = Path(recipe.out) if recipe else plan.out
     checkpoint = read_checkpoint(folder) if recipe else None
     if recipe is None or checkpoint is None or not checkpoint.finished:
         return None
@@ -417,7 +432,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
     teacher = card_of(recipe.teacher, recipe.teacher_weights) if recipe.teacher is not None else None
     if teacher is not None and teacher.sha256 != card.teacher_sha256:
         return None  # the run itself says what is wrong
-    fingerprint = protocols[recipe.split_seed].fingerprint
+    fingerprint = plan.protocols[recipe.split_seed].fingerprint
     results = current_evaluation(folder, fingerprint, [card.sha256])
     if results is None:
         return None
@@ -428,7 +443,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
         teacher=cell.teacher,
         seed=cell.seed,
         split_seed=recipe.split_seed,
-        folder=folder.relative_to(out).as_posix(),
+        folder=folder.relative_to(plan.out).as_posix(),
         trial=cell.candidates.index(recipe) + 1 if cell.judged else None,
         protocol=fingerprint,
         row=results.rows[0],
@@ -443,9 +458,7 @@ def _measured(cell: "Cell", protocols: Mapping[int, "Protocol"], out: Path) -> "
     )
 
 
-def _collect(
-    spec: "Spec", grid: "Grid", protocols: Mapping[int, "Protocol"], out: Path, failures: Mapping[str, str]
-) -> "Comparison":
+def _collect(plan: Plan, failures: Mapping[str, str]) -> "Comparison":
     """The document of what the folder holds."""
     from crdnd.cli._common import card_of, has_card
     from crdnd.cli._grid import choose
@@ -454,9 +467,9 @@ def _collect(
 
     cells: list[CellResult] = []
     choices: dict[tuple[str, str, str | None], Choice] = {}
-    for cell in grid.cells:
+    for cell in plan.grid.cells:
         key = (cell.objective, cell.student, cell.teacher)
-        found = _measured(cell, protocols, out)
+        found = _measured(cell, plan)
         if found is None and cell.name in failures:
             found = CellResult(
                 objective=cell.objective,
@@ -477,12 +490,12 @@ def _collect(
                 trials=trials,
                 chosen=None if place is None else place + 1,
             )
-    trained = {run.out: run for run in grid.teachers.values()}
+    trained = {run.out: run for run in plan.grid.teachers.values()}
     return Comparison(
         schema="crdnd.compare-results/1",
-        spec=spec.model_dump(mode="json", by_alias=True),
-        baseline=spec.baseline,
-        protocols=list({protocol.fingerprint: protocol for protocol in protocols.values()}.values()),
+        spec=plan.spec.model_dump(mode="json", by_alias=True),
+        baseline=plan.spec.baseline,
+        protocols=list({protocol.fingerprint: protocol for protocol in plan.protocols.values()}.values()),
         teachers=[
             TeacherRun(
                 name=name,
@@ -490,7 +503,7 @@ def _collect(
                 source=source,
                 sha256=card.sha256 if card else None,
             )
-            for source, name in grid.teacher_names.items()
+            for source, name in plan.grid.teacher_names.items()
             for card in [card_of(source)]
             if source not in trained or has_card(Path(source))
         ],

@@ -43,7 +43,7 @@ def evaluate_command(
     data_dir: DataDirOption = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Only the first N samples.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="quick, rslad-table, standard, rand or full (with all checks).")
+        str | None, typer.Option("--preset", help="quick, apgd, rslad-table, standard, rand or full (with all checks).")
     ] = None,
     attacks: Annotated[
         str | None, typer.Option("--attacks", help="Names with commas between; see `crdnd list attacks`.")

@@ -42,7 +42,7 @@ def study_command(
 
         crdnd study crdnd-plus --part main --jobs 2
     """
-    from crdnd.cli.compare import raise_failures, run_comparison
+    from crdnd.cli.compare import make_plan, raise_failures, refuse_another, run_plan
     from crdnd.io import exclusive, make_folder
 
     specs = study_parts(name)
@@ -55,15 +55,18 @@ def study_command(
         if part not in specs:
             raise InputError(f"--part: {name} has no part {part!r}{did_you_mean(part, specs)}")
     runs, numbers = out / name, results / name
+    documents = {part: numbers / f"{part}.json" for part in chosen}
+    for part, document in documents.items():
+        refuse_another(document, specs[part], "Move it aside, and choose another --out.")
+    plans = {part: make_plan(specs[part], runs) for part in chosen}
     make_folder(runs)
     make_folder(numbers)
     done: dict[str, Comparison] = {}
     with exclusive(runs):
-        for part in chosen:
-            document = numbers / f"{part}.json"
-            done[part] = run_comparison(specs[part], runs, document, results / LOG, jobs)
+        for part, plan in plans.items():
+            done[part] = run_plan(plan, documents[part], results / LOG, jobs)
             if not json:
-                _show(part, done[part], document)
+                _show(part, done[part], documents[part])
     if json:
         print_json("[" + ",".join(comparison.to_json().rstrip() for comparison in done.values()) + "]")
     for comparison in done.values():

@@ -28,6 +28,9 @@ PRESETS = {
     "quick": Preset("pgd_sat, cw_inf, and APGD-T with 20 iterations", {
         "pgd_sat": {}, "cw_inf": {}, "apgd_t": {"iterations": 20},
     }),
+    "apgd": Preset("pgd_trades, APGD-CE and APGD-T: most of what AutoAttack finds, in a quarter of its time", {
+        "pgd_trades": {}, "apgd_ce": {}, "apgd_t": {},
+    }),
     "rslad-table": Preset("the four attacks of the field's tables, and AutoAttack", {
         **{name: {} for name in TABLE_ATTACKS}, "autoattack": {},
     }),

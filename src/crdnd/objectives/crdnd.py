@@ -72,8 +72,10 @@ class Settings(ObjectiveSettings):
     tau: float = Field(default=0.5, gt=0, description="Temperature of the contrast, on x and on x'.")
     space: Literal["logits", "probabilities"] = Field(default="logits", description="What f stands for.")
     centre: bool = Field(default=False, description="Subtract each prediction's mean over the classes first.")
-    denominator: Literal["with_positive", "without_positive"] = Field(
-        default="with_positive", description="Whether the positive pair stands in the denominator."
+    denominator: Literal["with_positive", "without_positive", "other_classes"] = Field(
+        default="with_positive",
+        description="What stands in the denominator: the whole pool, all but the positive, or the positive and what is "
+        "of another class, so that no example is pushed away from its own class (not in the paper).",
     )
     views: Literal["student_teacher", "natural_adversarial"] = Field(
         default="student_teacher",
@@ -120,8 +122,8 @@ class CRDND(Objective):
         teacher = {"nat": self._embed(v["t_nat"]), "adv": self._embed(v["t_adv"])}
         weight = self.settings.weight_nat
         return LossTerms(
-            contrast_nat=weight * self._relation("nat", student, teacher),
-            contrast_adv=(1 - weight) * self._relation("adv", student, teacher),
+            contrast_nat=weight * self._relation("nat", v.y, student, teacher),
+            contrast_adv=(1 - weight) * self._relation("adv", v.y, student, teacher),
         )
 
     def accuracies(self, kind: Kind) -> Tensor | None:
@@ -163,31 +165,38 @@ class CRDND(Objective):
             points = compensate(points, accuracies.to(points))
         return F.normalize(points, dim=1)
 
-    def _relation(self, kind: Kind, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+    def _relation(self, kind: Kind, y: Tensor, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """The contrast on one kind of image, averaged over each sample's anchors. -> (N,)."""
         u, v = student[kind], teacher[kind]
         # The pool is that of the joined batch; the anchors are this process's own.
         gather = self.processes.gather
         place = self.processes.index * len(u) + torch.arange(len(u), device=u.device)
+        classes = gather(y).repeat(2)
         if self.settings.views == "student_teacher":
             pool = torch.cat([gather(u), gather(v)])
             there = place + len(pool) // 2
             if self.settings.sides == "one_sided":
-                return self._anchored(v, pool, place, there)
-            both = self._anchored(torch.cat([v, u]), pool, torch.cat([place, there]), torch.cat([there, place]))
+                return self._anchored(v, pool, classes, place, there)
+            both = self._anchored(torch.cat([v, u]), pool, classes, torch.cat([place, there]), torch.cat([there, place]))
             return both.reshape(2, len(u)).mean(dim=0)
         pool = torch.cat([gather(student["nat"]), gather(student["adv"])])
         place = place + (0 if kind == "nat" else len(pool) // 2)
-        found = self._anchored(v, pool, place, None)
+        found = self._anchored(v, pool, classes, place, None)
         if self.settings.sides == "one_sided":
             return found
         pool = torch.cat([gather(teacher["nat"]), gather(teacher["adv"])])
-        return (found + self._anchored(u, pool, place, None)) / 2
+        return (found + self._anchored(u, pool, classes, place, None)) / 2
 
-    def _anchored(self, anchors: Tensor, pool: Tensor, positive: Tensor, own: Tensor | None) -> Tensor:
+    def _anchored(
+        self, anchors: Tensor, pool: Tensor, classes: Tensor, positive: Tensor, own: Tensor | None
+    ) -> Tensor:
         """The contrast of `anchors` with `pool`; `own` is where an anchor itself stands in the pool, if it does."""
         similarity = (anchors / self.settings.tau) @ pool.T
-        return contrast(similarity, positive, own, with_positive=self.settings.denominator == "with_positive")
+        if self.settings.denominator == "other_classes":
+            pairs = similarity.gather(1, positive[:, None])
+            alike = classes[positive][:, None] == classes
+            similarity = similarity.masked_fill(alike, -torch.inf).scatter(1, positive[:, None], pairs)
+        return contrast(similarity, positive, own, with_positive=self.settings.denominator != "without_positive")
 
 
 METHOD = CRDND

@@ -24,6 +24,8 @@ Relations as what is distilled are due to Park et al. 2019 (arXiv 1904.05068), t
 ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928). Its study is not finished: no number here speaks for it yet.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -56,6 +58,10 @@ class Settings(ObjectiveSettings):
         le=1,
         description="Largest share of the teacher in them; the student's own belief has the rest.",
     )
+    trust: Literal["sample", "constant"] = Field(
+        default="sample", description="a = alpha T_y(x), or a = alpha on every sample."
+    )
+    repair: bool = Field(default=True, description="T~ in place of T(x).")
     relation: float = Field(default=1.0, ge=0, description="Weight of the relations among examples.")
     tau: float = Field(default=0.1, gt=0, description="Temperature of the relations.")
 
@@ -73,11 +79,15 @@ class CRDNDPlus(Objective):
     def terms(self, v: Views) -> LossTerms:
         """The natural cross-entropy, both divergences under attack, and the relations."""
         chosen = self.settings
-        trusted = chosen.alpha * F.softmax(v["t_nat"], dim=1).gather(1, v.y[:, None])[:, 0]
+        teacher, trusted = v["t_nat"], chosen.alpha
+        if chosen.trust == "sample":
+            trusted = chosen.alpha * F.softmax(teacher, dim=1).gather(1, v.y[:, None])[:, 0]
+        if chosen.repair:
+            teacher = repaired(teacher, v.y)
         return LossTerms(
             ce_nat=cross_entropy(v["s_nat"], v.target),
             kl_self=chosen.beta * (1 - trusted) * kl(v["s_nat"], v["s_adv"]),
-            kl_teacher=chosen.beta * trusted * kl(repaired(v["t_nat"], v.y), v["s_adv"]),
+            kl_teacher=chosen.beta * trusted * kl(teacher, v["s_adv"]),
             relation=chosen.relation * self._relations(v["t_nat_features"], v["s_adv_features"]),
         )
 
