@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from crdnd.report.comparison import Comparison, load_comparison
-from crdnd.report.leaderboard import WORST, Entry, Estimate, leaderboard, passes
+from crdnd.report.leaderboard import WORST, Entry, leaderboard, passes
+from writing import interval, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """<!-- Written by docs/comparisons.py from results/{name}/compare.json: change that, then run it again. -->
@@ -59,21 +60,21 @@ def page(name: str) -> str:
     rows = [
         [
             f"[`{entry.objective}`](methods/{entry.objective}.md)",
-            *(_spread(entry.columns[name]) for name in ("clean", "pgd_sat", "autoattack")),
-            f"**{entry.columns[WORST].mean:.1f}** {_interval(comparison, entry)}",
-            _difference(entry),
-            _spread(entry.gap) if entry.gap else "-",
+            *(spread(entry.columns[name]) for name in ("clean", "pgd_sat", "autoattack")),
+            f"**{entry.columns[WORST].mean:.1f}** {_within(comparison, entry)}",
+            "; ".join(interval(pair.columns[WORST]) for pair in entry.differences) or "-",
+            spread(entry.gap) if entry.gap else "-",
             f"{entry.seconds:.0f} ({passes(entry)})",
         ]
         for entry in board.entries
     ]
-    text += f"\n{_table([*names[:-1], 'seconds (passes)'], rows)}"
+    text += f"\n{table([*names[:-1], 'seconds (passes)'], rows)}"
     text += (
         "\nGap: points by which PGD_TRADES reads above AutoAttack. Passes: evaluations of student + teachers for each\n"
     )
     text += "training image over the whole run.\n"
     if comparison.choices:
-        text += f"\n## The settings that were chosen\n\n{_choices(comparison)}"
+        text += f"\n## The settings that were chosen\n\n{choices(comparison)}"
     return text + f"\nCommit {comparison.commit}, torch {comparison.versions.get('torch', '?')}.\n"
 
 
@@ -87,8 +88,9 @@ def target(name: str) -> Path:
     return ROOT / "docs" / f"{name}.md"
 
 
-def _choices(comparison: Comparison) -> str:
-    choices = []
+def choices(comparison: Comparison) -> str:
+    """The settings that were tried, and the one that was chosen."""
+    found = []
     for choice in comparison.choices:
         tried = [
             f"{json.dumps(trial.settings)}: {trial.validation.robust.percent:.1f}" if trial.validation else "diverged"
@@ -96,20 +98,11 @@ def _choices(comparison: Comparison) -> str:
         ]
         if choice.chosen is not None:
             tried[choice.chosen - 1] = f"**{tried[choice.chosen - 1]}**"
-        choices.append([f"`{choice.objective}`", "; ".join(tried)])
-    return _table(["method", "trials: robust accuracy on validation data"], choices)
+        found.append([f"`{choice.objective}`", "; ".join(tried)])
+    return table(["method", "trials: robust accuracy on validation data"], found, left=2)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _spread(found: Estimate) -> str:
-    return f"{found.mean:.1f}" + (f" ± {found.sd:.1f}" if found.sd is not None else "")
-
-
-def _interval(comparison: Comparison, entry: Entry) -> str:
+def _within(comparison: Comparison, entry: Entry) -> str:
     found = entry.columns[WORST]
     low, high = found.low, found.high
     if low is None or high is None:
@@ -119,16 +112,6 @@ def _interval(comparison: Comparison, entry: Entry) -> str:
         ]
         low, high = rows[0].worst_case.interval()
     return f"[{low:.1f}, {high:.1f}]"
-
-
-def _difference(entry: Entry) -> str:
-    found = [pair.columns[WORST] for pair in entry.differences]
-    return (
-        "; ".join(
-            f"{one.mean:+.1f}" + ("" if one.low is None else f" [{one.low:+.1f}, {one.high:+.1f}]") for one in found
-        )
-        or "-"
-    )
 
 
 if __name__ == "__main__":

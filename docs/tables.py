@@ -1,4 +1,4 @@
-"""Write the tables in README.md and docs/evidence.md from the files in results/; with --check tell whether they are."""
+"""Write the tables of the pages that have some from the files in results/; with --check tell whether they are."""
 
 import json
 import sys
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import study
 from crdnd.config import build
 from crdnd.evaluation import Results
+from writing import table
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- table: {name} -->\n", "<!-- end of table -->"
@@ -16,12 +18,6 @@ START, END = "<!-- table: {name} -->\n", "<!-- end of table -->"
 def read(name: str) -> Any:
     """A document of results/."""
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
-
-
-def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A table whose first columns are words and whose other columns are numbers."""
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * left + "---:|" * (len(header) - left)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def demo() -> str:
@@ -35,7 +31,7 @@ def demo() -> str:
             accuracies = [f"{count.percent:.1f}" for count in (row.clean, *row.attacks.values())]
             worst = f"**{row.worst_case.percent:.1f}** [{low:.1f}, {high:.1f}]"
             rows.append([name, f"{row.params:,}", *accuracies, worst])
-    return markdown(["method", "parameters", "clean", *attacks, "**worst case**"], rows)
+    return table(["method", "parameters", "clean", *attacks, "**worst case**"], rows)
 
 
 def reference() -> str:
@@ -48,7 +44,7 @@ def reference() -> str:
         for entry in read("reference.json")["entries"]
     ]  # fmt: skip
     header = ["model", "norm", "eps", "right", "ours", "official, five seeds", "closed form, one rival at a time"]
-    return markdown(header, rows, left=2)
+    return table(header, rows, left=2)
 
 
 def speed() -> str:
@@ -92,12 +88,13 @@ def speed() -> str:
             for kind, wanted in found["targets"].items()
             if "ratios" in entry  # beside the sizes of the files
         ]
-    return markdown(["what", "beside", "their time over ours", "wanted"], rows, left=2)
+    return table(["what", "beside", "their time over ours", "wanted"], rows, left=2)
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results/demo.json": demo},
     "docs/evidence.md": {"results/reference.json": reference, "results/benchmark-*.json": speed},
+    "docs/study-crdnd-plus.md": study.TABLES,
 }
 """What stands where."""
 

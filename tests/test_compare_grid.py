@@ -16,13 +16,15 @@ import torch
 import yaml
 
 from crdnd import ThreatModel, create_model, load_data
+from crdnd.cli import compare as compare_module
 from crdnd.cli import main
 from crdnd.cli._grid import Spec, choose, judged, make_grid, what_differs
 from crdnd.cli._jobs import Job, run_jobs
+from crdnd.cli.compare import _jobs, make_plan, run_plan
 from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.engine import Validation
-from crdnd.errors import InputError, RunError
+from crdnd.errors import InputError, Interrupted, RunError
 from crdnd.evaluation import PRESETS, make_protocol
 from crdnd.io import exclusive
 from crdnd.models import ModelCard, read_card, save_model
@@ -115,6 +117,12 @@ def test_trials_run_on_the_trial_seeds_and_share_the_rest(tmp_path):
         assert list(cell.settings) == trials
     assert found.cells[1].candidates[0] == found.cells[1].judged[0][0]  # so that the trial's run is reused
     assert set(found.teachers) == {f"teachers/big/seed-{seed}" for seed in (0, 1, 2)}
+
+
+def test_cells_are_done_seed_by_seed(tmp_path):
+    jobs = [job.name for job in _jobs(make_plan(spec(seeds=[1, 0]), tmp_path / "out"), tmp_path / "log")]
+    assert jobs[:2] == ["teachers/big/seed-1", "teachers/big/seed-0"]
+    assert [name.rpartition("/")[2] for name in jobs[2:]] == ["seed-1", "seed-1", "seed-0", "seed-0"]
 
 
 def test_an_objective_may_name_its_teacher(tmp_path):
@@ -453,6 +461,23 @@ def test_a_cell_without_its_evaluation_is_measured_again_and_not_trained(copied,
     assert (copied / "out" / cell.folder / "model.safetensors").stat().st_mtime_ns == before
     assert [entry["cell"] for entry in log(copied)[looks:]] == [cell.name]
     assert document(copied).cells[0] == cell
+
+
+@pytest.mark.slow
+def test_numbers_whose_runs_are_gone_stay_until_there_are_new_ones(copied, monkeypatch):
+    def stopped(*_):
+        raise Interrupted("", 130)
+
+    file = copied / "out" / "compare.json"
+    before = file.read_bytes()
+    monkeypatch.setattr(compare_module, "_run", stopped)
+    monkeypatch.chdir(copied)
+    for folder in ("cells", "teachers"):
+        shutil.rmtree(f"out/{folder}")
+    plan = make_plan(build(Spec, document(copied).spec), Path("out"))
+    with pytest.raises(Interrupted):
+        run_plan(plan, file, copied / "log", 1)
+    assert file.read_bytes() == before
 
 
 def test_a_second_command_in_the_same_folder_is_refused_in_one_line(tmp_path, compare):

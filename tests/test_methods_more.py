@@ -368,6 +368,10 @@ def test_crdnd_plus_trusts_a_teacher_as_far_as_it_believes_the_label_and_repairs
     assert values(terms, "kl_self") == close([2 * (1 - 0.45) * own, 2 * (1 - 0.05) * own])
     assert values(terms, "kl_teacher") == close([2 * 0.45 * teacher[0], 2 * 0.05 * teacher[1]])
     assert values(terms, "relation") == close([0.0, 0.0])  # with one other example there is nothing to tell apart
+    plain = make("crdnd_plus", alpha=0.5, beta=2, trust="constant", repair=False)
+    terms = plain(Views(torch.tensor([0, 1]), views=views))
+    assert values(terms, "kl_self") == close([own, own])
+    assert values(terms, "kl_teacher") == close([teacher[0]] * 2)
 
 
 def test_crdnd_plus_relates_every_example_to_each_other_one_as_the_teacher_does():

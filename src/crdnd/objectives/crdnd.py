@@ -171,13 +171,14 @@ class CRDND(Objective):
         # The pool is that of the joined batch; the anchors are this process's own.
         gather = self.processes.gather
         place = self.processes.index * len(u) + torch.arange(len(u), device=u.device)
-        classes = gather(y).repeat(2)
+        classes = gather(y).repeat(2) if self.settings.denominator == "other_classes" else None
         if self.settings.views == "student_teacher":
             pool = torch.cat([gather(u), gather(v)])
             there = place + len(pool) // 2
             if self.settings.sides == "one_sided":
                 return self._anchored(v, pool, classes, place, there)
-            both = self._anchored(torch.cat([v, u]), pool, classes, torch.cat([place, there]), torch.cat([there, place]))
+            positive, own = torch.cat([place, there]), torch.cat([there, place])
+            both = self._anchored(torch.cat([v, u]), pool, classes, positive, own)
             return both.reshape(2, len(u)).mean(dim=0)
         pool = torch.cat([gather(student["nat"]), gather(student["adv"])])
         place = place + (0 if kind == "nat" else len(pool) // 2)
@@ -188,11 +189,14 @@ class CRDND(Objective):
         return (found + self._anchored(u, pool, classes, place, None)) / 2
 
     def _anchored(
-        self, anchors: Tensor, pool: Tensor, classes: Tensor, positive: Tensor, own: Tensor | None
+        self, anchors: Tensor, pool: Tensor, classes: Tensor | None, positive: Tensor, own: Tensor | None
     ) -> Tensor:
-        """The contrast of `anchors` with `pool`; `own` is where an anchor itself stands in the pool, if it does."""
+        """The contrast of `anchors` with `pool`, whose own class is left out where `classes` of the pool are given.
+
+        `own` is where an anchor itself stands in the pool, if it does.
+        """
         similarity = (anchors / self.settings.tau) @ pool.T
-        if self.settings.denominator == "other_classes":
+        if classes is not None:
             pairs = similarity.gather(1, positive[:, None])
             alike = classes[positive][:, None] == classes
             similarity = similarity.masked_fill(alike, -torch.inf).scatter(1, positive[:, None], pairs)
