@@ -199,7 +199,7 @@ def search_table() -> str:
 
 
 ALL: dict[str, tuple[str, Callable[[], str]]] = {
-    "targets": (WIDTHS[0], targets),
+    "targets": (WIDTHS[1], targets),
     **{part: (part, partial(main_table, part)) for part in WIDTHS},
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
     "flaw": ("flaw", partial(part_table, "flaw", **FLAW)),
