@@ -2,13 +2,14 @@
 
 import json
 import math
-import runpy
 from pathlib import Path
 from typing import Any
 
+from writing import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "results" / "scaling.json", ROOT / "docs" / "scaling.md"
-TABLE = runpy.run_path(str(ROOT / "docs" / "tables.py"))["markdown"]
+
 PREDICTIONS = "{title}: {images:,} images, {epochs} epochs, batch {batch}"
 HEAD = """<!-- Written by docs/scaling.py from results/scaling.json: change that, then run it again. -->
 
@@ -164,9 +165,9 @@ def _fitted(found: dict[str, Any]) -> dict[str, Any]:
     worst = max((one for one in entries if one["group"] != "fitted"), key=lambda one: abs(one["error"]))
     run = worst["run"]
     return {
-        "constants": TABLE(["of", "rate"], rows),
+        "constants": table(["of", "rate"], rows),
         "fitted": errors["fitted"]["steps"],
-        "errors": TABLE(
+        "errors": table(
             ["steps", "number", "median", "largest", "mean, signed"],
             [
                 [group, str(one["steps"]), _percent(one["median"]), _percent(one["max"]), f"{100 * one['mean']:+.1f}%"]
@@ -198,7 +199,7 @@ def _sent(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "pool_images": run["batch_size"], "pool_bytes": _bytes(methods["crdnd"]["counted"]["gathered_bytes"]),
         "attack_student": steps, "student": f"{methods['rslad']['counted']['student_passes']:.0f}",
-        "attack_flops": f"{looks / _flops(natural):.1f} times", "methods": TABLE(header, rows),
+        "attack_flops": f"{looks / _flops(natural):.1f} times", "methods": table(header, rows),
         "method_images": run["batch_size"], "adaad": f"{methods['adaad']['counted']['teacher_passes']:.0f}",
         **{f"ratio_{name}": f"{_ratio(methods[name], methods):.1f}" for name in ("pgd_at", "trades", "rslad")},
     }  # fmt: skip
@@ -217,7 +218,7 @@ def _assumed(gpu: dict[str, Any]) -> str:
         ["a message between GPUs, each of 2 log2(p)", _pair(gpu["message_seconds"], 1e6, " µs")],
         ["a message between hosts, each of 2 log2(p)", _pair(gpu["agree_seconds"], 1e6, " µs")],
     ]
-    return TABLE([gpu["name"], "assumed: slow to fast end"], rows)
+    return table([gpu["name"], "assumed: slow to fast end"], rows)
 
 
 def _predicted(found: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def _predicted(found: dict[str, Any]) -> dict[str, Any]:
         ]
         for one in strong if one["method"] == "rslad"
     ]  # fmt: skip
-    text["memory"] = TABLE(["training", "method", "GPUs", "images a GPU", "float32", "bf16"], rows, left=2)
+    text["memory"] = table(["training", "method", "GPUs", "images a GPU", "float32", "bf16"], rows, left=2)
     rows = [
         [
             f"`{one['run']['objective']}`, `{one['run']['student']}` from `{one['run']['teacher']}`, batch "
@@ -268,7 +269,7 @@ def _predicted(found: dict[str, Any]) -> dict[str, Any]:
         ]
         for one in found["measured"]["memories"]
     ]  # fmt: skip
-    text["memories"] = TABLE(["a step: kept maps, gradients, momentum", "counted", "growth at the peak"], rows)
+    text["memories"] = table(["a step: kept maps, gradients, momentum", "counted", "growth at the peak"], rows)
     return text
 
 
@@ -278,7 +279,7 @@ def _by_load(entries: list[dict[str, Any]], loads: dict[str, Any], header: list[
     for name, load in loads.items():
         title = PREDICTIONS.format(**load, batch=load["run"]["batch_size"])
         rows = [[f"`{one['method']}`", *row(one)] for one in entries if one["workload"] == name]
-        text += f"**{title}**\n\n{TABLE(['method', *header], rows)}\n"
+        text += f"**{title}**\n\n{table(['method', *header], rows)}\n"
     return text.removesuffix("\n")
 
 

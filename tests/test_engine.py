@@ -635,8 +635,8 @@ def test_a_teacher_that_counts_as_empty_teaches_too(tmp_path):
         distill(cnn(), teacher=teacher, out=tmp_path / str(index), **common)
         for index, teacher in enumerate((Empty(seed=3), cnn(seed=3)))
     ]
-    for key, value in runs[0].model.state_dict().items():
-        assert torch.equal(value, runs[1].model.state_dict()[key]), key
+    for key, value in runs[0].model.state_dict().items():  # up to rounding: wrapped, it is computed in another way
+        torch.testing.assert_close(value, runs[1].model.state_dict()[key])
 
 
 def test_the_teacher_predicts_in_eval_mode_whatever_mode_it_came_in(tmp_path):

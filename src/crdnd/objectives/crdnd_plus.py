@@ -23,8 +23,8 @@ relate. What is different, and the measured flaw it removes (docs/methods/crdnd.
 Relations as what is distilled are due to Park et al. 2019 (arXiv 1904.05068), the repair to Park and Min 2024 (DGAD,
 ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928).
 
-What to know before you use it: docs/study-crdnd-plus.md. On the digits it leads CRDND, RSLAD and TRADES under AutoAttack
-and is not told apart from ARD and IAD; it did not reach the lead that would make it the default.
+What to know before you use it: its study, docs/study-crdnd-plus.md. On the digits it leads CRDND, RSLAD and TRADES
+under AutoAttack and is not told apart from ARD and IAD; it did not reach the lead that would make it the default.
 """
 
 from typing import Literal
