@@ -59,6 +59,7 @@ def overfit(cell: CellResult) -> float:
     return validation(cell) - (cell.last.robust.percent if cell.last else 0)
 
 
+OVERFITTING: dict[str, Measure] = {"validation": validation, "lost at the end": overfit}
 FLAW: dict[str, Measure] = {"PGD_TRADES": reads("pgd_trades"), "AutoAttack": reads("autoattack"), "gap": gap}
 
 
@@ -158,7 +159,7 @@ def part_table(part: str, **extra: Measure) -> str:
             *(spread(mean(own, of)) for of in extra.values()),
         ])  # fmt: skip
     names = ["method", *(key for key, shown in several.items() if shown), "clean", "worst case"]
-    header = [*names, f"minus `{board.baseline}`", *(name.replace("_", " ") for name in extra)]
+    header = [*names, f"minus `{board.baseline}`", *extra]
     return table(header, rows, left=1 + sum(several.values()))
 
 
@@ -204,7 +205,7 @@ ALL: dict[str, tuple[str, Callable[[], str]]] = {
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
     "flaw": ("flaw", partial(part_table, "flaw", **FLAW)),
     **{part: (part, partial(part_table, part)) for part in ("ablation", "sensitivity", "spoiled", "sizes")},
-    "overfitting": ("overfitting", partial(part_table, "overfitting", validation=validation, lost_at_the_end=overfit)),
+    "overfitting": ("overfitting", partial(part_table, "overfitting", **OVERFITTING)),
     "acm": ("acm", acm_table),
     "search": ("search", search_table),
 }
