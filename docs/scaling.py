@@ -9,7 +9,6 @@ from writing import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "results" / "scaling.json", ROOT / "docs" / "scaling.md"
-
 PREDICTIONS = "{title}: {images:,} images, {epochs} epochs, batch {batch}"
 HEAD = """<!-- Written by docs/scaling.py from results/scaling.json: change that, then run it again. -->
 

@@ -79,9 +79,9 @@ def mean(cells: Iterable[CellResult], of: Measure) -> Estimate:
     return estimate([of(cell) for cell in cells])
 
 
-def paired(comparison: Comparison, objective: str, other: str, of: Measure, **where: str | None) -> Estimate:
+def paired(comparison: Comparison, objective: str, other: str, of: Measure) -> Estimate:
     """One method minus another, seed by seed."""
-    ours, theirs = cells_of(comparison, objective, **where), cells_of(comparison, other, **where)
+    ours, theirs = cells_of(comparison, objective), cells_of(comparison, other)
     return estimate([of(ours[seed]) - of(theirs[seed]) for seed in ours if seed in theirs])
 
 
@@ -200,7 +200,6 @@ def search_table() -> str:
 
 
 ALL: dict[str, tuple[str, Callable[[], str]]] = {
-    "targets": (WIDTHS[1], targets),
     **{part: (part, partial(main_table, part)) for part in WIDTHS},
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
     "flaw": ("flaw", partial(part_table, "flaw", **FLAW)),
@@ -211,8 +210,10 @@ ALL: dict[str, tuple[str, Callable[[], str]]] = {
 }
 """What stands on the page, by the name of the place: the file that it comes from, and how it is made."""
 
-TABLES = {name: make for name, (file, make) in ALL.items() if (RESULTS / f"{file}.json").exists()}
-"""Those whose numbers are there."""
+TABLES = {"targets": targets} | {
+    name: make for name, (file, make) in ALL.items() if (RESULTS / f"{file}.json").exists()
+}
+"""The targets of all widths that were run, and the tables whose numbers are there."""
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

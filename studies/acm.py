@@ -20,20 +20,23 @@ from torch import Tensor
 from crdnd import load_data, load_model
 from crdnd.engine.checkpoint import load_checkpoint
 from crdnd.io import atomic_write_text
-from crdnd.objectives.crdnd import compensate
+from crdnd.objectives.crdnd import CRDND, Kind, compensate
 from crdnd.provenance import commit, package_versions
 from crdnd.report.comparison import CellResult, load_comparison
 
 ROOT = Path(__file__).parents[1]
+KINDS: tuple[Kind, ...] = ("nat", "adv")
 SIDES = {"with": "crdnd", "without": "crdnd-no-acm"}
 
 
-def accuracies(folder: Path) -> Tensor:
-    """a_i on natural and on adversarial images in the run's last epoch, (2, K), as the method kept them."""
+def accuracies(folder: Path) -> dict[Kind, Tensor]:
+    """a_i on natural and on adversarial images, (K,) each, as the method used them in the run's last epoch."""
     loaded = load_checkpoint(folder)
     assert loaded is not None, f"{folder}: not trained"  # noqa: S101
-    seen, right = loaded[1]["objective/previous"].unbind(1)
-    return right / seen
+    kept = loaded[1]["objective/previous"]
+    method = CRDND(kept.shape[-1])
+    method.previous.copy_(kept)
+    return {kind: found for kind in KINDS if (found := method.accuracies(kind)) is not None}
 
 
 def one_seed(cells: dict[str, CellResult], runs: Path) -> dict[str, Any]:
@@ -47,14 +50,14 @@ def one_seed(cells: dict[str, CellResult], runs: Path) -> dict[str, Any]:
     with torch.no_grad():
         right = teacher(test.images).argmax(1) == test.labels
         logits = student(test.images)
-    turned = compensate(logits, a[0].to(logits))
+    turned = compensate(logits, a["nat"].to(logits))
     degrees = torch.rad2deg(torch.acos(F.cosine_similarity(logits, turned, dim=1).clamp(-1, 1)))
     stands = {side: _stands(found) for side, found in cells.items()}
     return {
         "teacher": cell.teacher,
         "seed": cell.seed,
-        "accuracy_natural": a[0].tolist(),
-        "accuracy_adversarial": a[1].tolist(),
+        "accuracy_natural": a["nat"].tolist(),
+        "accuracy_adversarial": a["adv"].tolist(),
         "degrees": [degrees[test.labels == label].mean().item() for label in range(test.num_classes)],
         "turned_over": int((turned.argmax(1) != logits.argmax(1)).sum()),
         "teacher_right": {"n": int(right.sum())} | {side: int(found[right].sum()) for side, found in stands.items()},
