@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from crdnd.evaluation import Row, paired_difference
 from crdnd.report.comparison import Comparison, load_comparison
-from crdnd.report.leaderboard import WORST, Entry, leaderboard, passes
+from crdnd.report.leaderboard import WORST, Entry, Estimate, leaderboard, passes
 from writing import interval, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,8 @@ HEAD = """<!-- Written by docs/comparisons.py from results/{name}/compare.json: 
 END = """
 Accuracies are percent. With several seeds they are means ± their standard deviation, with 95% t intervals in brackets,
 and differences are paired by seed; an interval that holds 0 decides nothing. One seed has no such interval: in brackets
-stands the 95% Wilson interval of its images, and a difference has none.
+stands the 95% Wilson interval of its images, and that of a difference is paired by image (Agresti and Min 2005): both
+say what other images would give, not what other seeds would.
 """
 PAGES = {
     "digits": (
@@ -62,7 +64,7 @@ def page(name: str) -> str:
             f"[`{entry.objective}`](methods/{entry.objective}.md)",
             *(spread(entry.columns[name]) for name in ("clean", "pgd_sat", "autoattack")),
             f"**{entry.columns[WORST].mean:.1f}** {_within(comparison, entry)}",
-            "; ".join(interval(pair.columns[WORST]) for pair in entry.differences) or "-",
+            _minus(comparison, entry, board.baseline),
             spread(entry.gap) if entry.gap else "-",
             f"{entry.seconds:.0f} ({passes(entry)})",
         ]
@@ -102,16 +104,27 @@ def choices(comparison: Comparison) -> str:
     return table(["method", "trials: robust accuracy on validation data"], found, left=2)
 
 
+def _minus(comparison: Comparison, entry: Entry, baseline: str | None) -> str:
+    """The worst case of a method minus the baseline's; with one seed alone the interval is paired by image."""
+    if baseline is not None and entry.objective != baseline and len(comparison.spec["seeds"]) == 1:
+        ours, theirs = (_row(comparison, name).stands() for name in (entry.objective, baseline))
+        found = paired_difference(ours, theirs)
+        return interval(Estimate(len(ours), found.points, None, found.low, found.high))
+    return "; ".join(interval(pair.columns[WORST]) for pair in entry.differences) or "-"
+
+
 def _within(comparison: Comparison, entry: Entry) -> str:
     found = entry.columns[WORST]
     low, high = found.low, found.high
     if low is None or high is None:
-        who = (entry.objective, entry.student, entry.teacher)
-        rows = [
-            cell.row for cell in comparison.cells if (cell.objective, cell.student, cell.teacher) == who and cell.row
-        ]
-        low, high = rows[0].worst_case.interval()
+        low, high = _row(comparison, entry.objective).worst_case.interval()
     return f"[{low:.1f}, {high:.1f}]"
+
+
+def _row(comparison: Comparison, objective: str) -> Row:
+    """What was measured of a method with the only student, teacher and seed."""
+    (row,) = (cell.row for cell in comparison.cells if cell.objective == objective and cell.row)
+    return row
 
 
 if __name__ == "__main__":

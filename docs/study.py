@@ -168,6 +168,20 @@ def trials(part: str) -> str:
     return choices(load(part))
 
 
+def summary() -> str:
+    """The worst case of every method at each width that was run."""
+    parts = mains()
+    rows: list[list[str]] = []
+    for entry in leaderboard(parts[0]).entries:
+        name = entry.objective
+        row = [f"[`{name}`](docs/methods/{name}.md)"]
+        for comparison in parts:
+            row.append(f"**{mean(cells_of(comparison, name).values(), reads(WORST)).mean:.1f}**")
+            row.append("-" if name == OURS else interval(paired(comparison, OURS, name, reads(WORST)), 2))
+        rows.append(row)
+    return table(["method", *(text for part in parts for text in (student_of(part), f"`{OURS}` minus it"))], rows)
+
+
 def acm_table() -> str:
     """What compensation does: by class its range, by sample who stands."""
     entries = json.loads((RESULTS / "acm.json").read_text(encoding="utf-8"))["entries"]

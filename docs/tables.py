@@ -8,7 +8,8 @@ from typing import Any
 
 import study
 from crdnd.config import build
-from crdnd.evaluation import Results
+from crdnd.evaluation import Results, load_results
+from crdnd.models import read_card
 from writing import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,10 +92,28 @@ def speed() -> str:
     return table(["what", "beside", "their time over ours", "wanted"], rows, left=2)
 
 
+def models() -> str:
+    """The models in weights/, with what was measured of each."""
+    rows: list[list[str]] = []
+    for folder in sorted(path.parent for path in (ROOT / "weights").glob("*/model.json")):
+        card = read_card(folder)
+        size = (folder / "model.safetensors").stat().st_size / 1e6
+        measured = ["-", "not measured", "not measured"]
+        if (folder / "evaluation.json").exists():
+            (row,) = load_results(folder / "evaluation.json").rows
+            low, high = row.worst_case.interval()
+            worst = f"**{row.worst_case.percent:.1f}** [{low:.1f}, {high:.1f}]"
+            measured = [f"{row.worst_case.n:,}", f"{row.clean.percent:.1f}", worst]
+        what = f"{card.role}, by `{card.method}`"
+        rows.append([f"[`{folder.name}`]({folder.name}/README.md)", what, f"{card.params:,}", f"{size:.1f}", *measured])
+    return table(["folder", "what it is", "parameters", "MB", "test images", "natural", "worst case"], rows, left=2)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results/demo.json": demo},
+    "README.md": {"results/demo.json": demo, "results/crdnd-plus": study.summary},
     "docs/evidence.md": {"results/reference.json": reference, "results/benchmark-*.json": speed},
     "docs/study-crdnd-plus.md": study.TABLES,
+    "weights/README.md": {"models": models},
 }
 """What stands where."""
 
