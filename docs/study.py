@@ -213,6 +213,30 @@ def search_table() -> str:
     return table(["on top of tuned `trades`", "student", "seeds", "difference, points"], rows, left=2)
 
 
+def attack_table() -> str:
+    """What another training attack did for crdnd_plus on validation data of the digits."""
+    entries = json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["digits"]
+    runs = {(entry["beta"], entry["attack"], entry["seed"]): entry for entry in entries}
+    rows: list[list[str]] = []
+    for beta in sorted({entry["beta"] for entry in entries}):
+        pairs = [
+            (run, runs[beta, "trades", seed])
+            for (own, attack, seed), run in runs.items()
+            if (own, attack) == (beta, "ce")
+        ]
+        found = [estimate([ce[key] - trades[key] for ce, trades in pairs]) for key in ("robust", "clean")]
+        rows.append([str(beta), str(len(pairs)), *(interval(one, 2) for one in found)])
+    return table(["beta", "seeds", "robust, points", "natural, points"], rows)
+
+
+def attack_on_images_table() -> str:
+    """The same question on real images, one seed."""
+    entries = json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["cifar10"]
+    entries.sort(key=lambda entry: -entry["robust"])
+    rows = [[entry["what"], f"{entry['clean']:.1f}", f"{entry['robust']:.1f}"] for entry in entries]
+    return table(["trained by", "natural", "robust"], rows)
+
+
 ALL: dict[str, tuple[str, Callable[[], str]]] = {
     **{part: (part, partial(main_table, part)) for part in WIDTHS},
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
@@ -221,6 +245,8 @@ ALL: dict[str, tuple[str, Callable[[], str]]] = {
     "overfitting": ("overfitting", partial(part_table, "overfitting", **OVERFITTING)),
     "acm": ("acm", acm_table),
     "search": ("search", search_table),
+    "attack": ("attack", attack_table),
+    "attack, real images": ("attack", attack_on_images_table),
 }
 """What stands on the page, by the name of the place: the file that it comes from, and how it is made."""
 

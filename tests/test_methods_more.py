@@ -88,7 +88,7 @@ def in_two_processes(objective, v, what):
         ("adaad", ("adaad", "gaussian", "eval")),
         ("adaiad", ("adaad", "gaussian", "eval")),
         ("saad", ("linear_teacher", "gaussian", "eval")),
-        ("crdnd_plus", ("trades", "gaussian", "eval")),
+        ("crdnd_plus", ("ce", "uniform", "eval")),
     ],
 )
 def test_a_method_trains_against_the_attack_of_its_paper(name, attack):
@@ -344,7 +344,7 @@ def test_saad_in_two_processes_is_saad_in_one():
 # --- CRDND+ -----------------------------------------------------------------------------------------------------------
 
 
-def test_crdnd_plus_without_its_teacher_is_trades():
+def test_crdnd_plus_without_its_teacher_has_the_loss_of_trades():
     objective = make("crdnd_plus", CLASSES, alpha=0, relation=0, beta=4)
     v = random_views(objective.needs)
     torch.testing.assert_close(objective(v).total, make("trades", CLASSES, beta=4)(v).total)
