@@ -25,6 +25,12 @@ def load(part: str) -> Comparison:
     return load_comparison(RESULTS / f"{part}.json")
 
 
+def entries(name: str, key: str = "entries") -> list[dict[str, Any]]:
+    """What a file of results/crdnd-plus lists that is no comparison."""
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))[key]
+    return found
+
+
 def mains() -> list[Comparison]:
     """The widths that were run."""
     return [load(part) for part in WIDTHS if (RESULTS / f"{part}.json").exists()]
@@ -184,10 +190,10 @@ def summary() -> str:
 
 def acm_table() -> str:
     """What compensation does: by class its range, by sample who stands."""
-    entries = json.loads((RESULTS / "acm.json").read_text(encoding="utf-8"))["entries"]
+    found = entries("acm")
     rows: list[list[str]] = []
-    for teacher in dict.fromkeys(entry["teacher"] for entry in entries):
-        own = [entry for entry in entries if entry["teacher"] == teacher]
+    for teacher in dict.fromkeys(entry["teacher"] for entry in found):
+        own = [entry for entry in found if entry["teacher"] == teacher]
 
         def over(key: str, own: Sequence[dict[str, Any]] = own) -> str:
             values = [value for entry in own for value in entry[key]]
@@ -207,7 +213,7 @@ def acm_table() -> str:
 def search_table() -> str:
     """What was tried before the study, on validation data."""
     rows: list[list[str]] = []
-    for entry in json.loads((RESULTS / "search.json").read_text(encoding="utf-8"))["entries"]:
+    for entry in entries("search"):
         half = "" if entry["half"] is None else f" ± {entry['half']:.2f}"
         rows.append([entry["what"], entry["student"], str(entry["seeds"] or "-"), f"{entry['difference']:+.2f}{half}"])
     return table(["on top of tuned `trades`", "student", "seeds", "difference, points"], rows, left=2)
@@ -215,10 +221,9 @@ def search_table() -> str:
 
 def attack_table() -> str:
     """What another training attack did for crdnd_plus on validation data of the digits."""
-    entries = json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["digits"]
-    runs = {(entry["beta"], entry["attack"], entry["seed"]): entry for entry in entries}
+    runs = {(entry["beta"], entry["attack"], entry["seed"]): entry for entry in entries("attack", "digits")}
     rows: list[list[str]] = []
-    for beta in sorted({entry["beta"] for entry in entries}):
+    for beta in sorted({beta for beta, _, _ in runs}):
         pairs = [
             (run, runs[beta, "trades", seed])
             for (own, attack, seed), run in runs.items()
@@ -231,9 +236,8 @@ def attack_table() -> str:
 
 def attack_on_images_table() -> str:
     """The same question on real images, one seed."""
-    entries = json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["cifar10"]
-    entries.sort(key=lambda entry: -entry["robust"])
-    rows = [[entry["what"], f"{entry['clean']:.1f}", f"{entry['robust']:.1f}"] for entry in entries]
+    found = sorted(entries("attack", "cifar10"), key=lambda entry: -entry["robust"])
+    rows = [[entry["what"], f"{entry['clean']:.1f}", f"{entry['robust']:.1f}"] for entry in found]
     return table(["trained by", "natural", "robust"], rows)
 
 
