@@ -220,11 +220,14 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """The folders train, validation and test by these names; none where a folder holds classes.
 
     Raises:
-        InputError: it holds both, so that parts of the data would be taken for classes.
+        InputError: it holds both, so that parts of the data would be taken for classes, or two folders of one split.
     """
     entries = {entry.name.lower(): entry for entry in subfolders(folder)}
     parts = {SPLITS[name]: entry for name, entry in entries.items() if name in SPLITS}
     if len(entries.keys() & SPLITS.keys()) == len(entries):
+        if twins := [entry for name, entry in entries.items() if parts[SPLITS[name]] != entry]:
+            other = parts[SPLITS[twins[0].name.lower()]]
+            raise InputError(f"{folder}: has {twins[0].name} and {other.name}; move the images of one into the other.")
         return parts
     # A class may be called train, but it holds images and not classes.
     if split := next((entry for entry in parts.values() if subfolders(entry)), None):
@@ -275,13 +278,11 @@ def read_classes(
     names = tuple(dict.fromkeys([*(entry.name for entry in classes), *known]))
     y = torch.tensor([label for _, label in turns])
     data, failed = from_files(folder, files, y, names, name, size, channels)
-    _warn_of(failed, files, y, names, folder)
+    _warn_of(failed, y, names, folder)
     return data, tuple(str(error) for error in failed.values())
 
 
-def _warn_of(
-    failed: dict[int, InputError], files: list[Path], y: torch.Tensor, names: tuple[str, ...], folder: Path
-) -> None:
+def _warn_of(failed: dict[int, InputError], y: torch.Tensor, names: tuple[str, ...], folder: Path) -> None:
     """Say what was skipped; too much of a class is refused, because what is left may be another class."""
     if not failed:
         return
@@ -293,9 +294,7 @@ def _warn_of(
                 f"{folder / names[label]}: {bad} of its {count} images cannot be read; mend or remove them. The first "
                 f"one: {first}"
             )
-    names_of = ", ".join(files[row].name for row in list(failed)[:3])
-    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-    log.warning("%s: skips %d of %d images, which cannot be read: %s%s", folder, len(failed), len(y), names_of, more)
+    log.warning("%s: skips %d of %d images, which cannot be read:", folder, len(failed), len(y))
     for error in failed.values():
         log.warning("skipped %s", error)
 
