@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from crdnd import registry
 from crdnd.evaluation import Row, paired_difference
-from crdnd.report.comparison import Comparison, load_comparison
+from crdnd.report.comparison import Comparison, Trial, load_comparison
 from crdnd.report.leaderboard import WORST, Entry, Estimate, leaderboard, passes
 from writing import interval, spread, table
 
@@ -34,11 +35,13 @@ the margin; the best checkpoint of each run was chosen there too. Every test ima
 worst case means that FGSM, PGD_SAT, PGD_TRADES, CW-inf and AutoAttack all failed on it.""",
     ),
     "cifar10": (
-        "Four methods on real CIFAR-10, on two processor cores",
+        "Seven ways to train a small network on real CIFAR-10, on two processor cores",
         """One seed, all 45,000 training images, the first {n} test images. The teacher is a WRN-10-2 by `trades`,
-8 epochs ([weights](../weights/wrn-10-2-trades-cifar10)); students are a `cnn` of width 16, 10 epochs, with each paper's
-settings (studies/cifar10.yaml says what was left out to fit two cores). It shows that the road works on real images.
-It ranks nothing: one seed, small networks, a weak teacher, runs far shorter than the papers' 300 epochs.
+8 epochs ([weights](../weights/wrn-10-2-trades-cifar10/README.md)); students are a `cnn` of width 16, 10 epochs,
+attacked with 3 steps in training, two settings each to choose from on validation data. `trades-ce` is `trades` on
+images that fool the cross-entropy, what `crdnd_plus` is without its teacher (studies/cifar10.yaml says what else was
+left out to fit two cores). It does not rank methods: one seed, small networks, a weak teacher, runs far shorter than
+the papers' 300 epochs.
 Every test image was attacked once, by `rslad-table`: worst case means that all of its attacks failed.""",
     ),
 }
@@ -57,11 +60,24 @@ def page(name: str) -> str:
         about=about.format(seeds=len(comparison.spec["seeds"]), n=protocol.n),
         threat=f"{protocol.norm}, eps {protocol.eps:g}",
     )
-    text += END
-    names = ["method", "clean", "PGD_SAT", "AutoAttack", "worst case", f"minus {board.baseline}", "gap", "seconds"]
+    text += f"{END}\n{standings(name)}"
+    text += (
+        "\nGap: points by which PGD_TRADES reads above AutoAttack. Passes: evaluations of student + teachers for each\n"
+    )
+    text += "training image over the whole run.\n"
+    if comparison.choices:
+        text += f"\n## The settings that were chosen\n\n{choices(comparison)}"
+    return text + f"\nCommit {comparison.commit}, torch {comparison.versions.get('torch', '?')}.\n"
+
+
+def standings(name: str, methods: str = "methods") -> str:
+    """All methods of a comparison, best first; `methods` is the folder of their pages as seen from this one."""
+    comparison = load_comparison(results(name))
+    board = leaderboard(comparison)
+    names = ["method", "clean", "PGD_SAT", "AutoAttack", "worst case", f"minus `{board.baseline}`", "gap"]
     rows = [
         [
-            f"[`{entry.objective}`](methods/{entry.objective}.md)",
+            _linked(entry.objective, methods),
             *(spread(entry.columns[name]) for name in ("clean", "pgd_sat", "autoattack")),
             f"**{entry.columns[WORST].mean:.1f}** {_within(comparison, entry)}",
             _minus(comparison, entry, board.baseline),
@@ -70,14 +86,7 @@ def page(name: str) -> str:
         ]
         for entry in board.entries
     ]
-    text += f"\n{table([*names[:-1], 'seconds (passes)'], rows)}"
-    text += (
-        "\nGap: points by which PGD_TRADES reads above AutoAttack. Passes: evaluations of student + teachers for each\n"
-    )
-    text += "training image over the whole run.\n"
-    if comparison.choices:
-        text += f"\n## The settings that were chosen\n\n{choices(comparison)}"
-    return text + f"\nCommit {comparison.commit}, torch {comparison.versions.get('torch', '?')}.\n"
+    return table([*names, "seconds (passes)"], rows)
 
 
 def results(name: str) -> Path:
@@ -94,14 +103,23 @@ def choices(comparison: Comparison) -> str:
     """The settings that were tried, and the one that was chosen."""
     found = []
     for choice in comparison.choices:
-        tried = [
-            f"{json.dumps(trial.settings)}: {trial.validation.robust.percent:.1f}" if trial.validation else "diverged"
-            for trial in choice.trials
-        ]
+        tried = [f"{json.dumps(trial.settings)}: {_judged(trial)}" for trial in choice.trials]
         if choice.chosen is not None:
             tried[choice.chosen - 1] = f"**{tried[choice.chosen - 1]}**"
         found.append([f"`{choice.objective}`", "; ".join(tried)])
-    return table(["method", "trials: robust accuracy on validation data"], found, left=2)
+    return table(["method", "trials: natural / robust accuracy on validation data"], found, left=2)
+
+
+def _judged(trial: Trial) -> str:
+    """What a trial reached on validation data."""
+    found = trial.validation
+    return f"{found.clean.percent:.1f} / {found.robust.percent:.1f}" if found else "diverged"
+
+
+def _linked(objective: str, methods: str) -> str:
+    """The entry's name, with the page of the method that is called so."""
+    known = objective in registry.names("objectives")
+    return f"[`{objective}`]({methods}/{objective}.md)" if known else f"`{objective}`"
 
 
 def _minus(comparison: Comparison, entry: Entry, baseline: str | None) -> str:

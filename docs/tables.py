@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comparisons
 import study
 from crdnd.config import build
 from crdnd.evaluation import Results, load_results
@@ -110,9 +112,13 @@ def models() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results/demo.json": demo, "results/crdnd-plus": study.summary},
+    "README.md": {
+        "results/demo.json": demo,
+        "results/crdnd-plus": study.summary,
+        "results/cifar10": partial(comparisons.standings, "cifar10", "docs/methods"),
+    },
     "docs/evidence.md": {"results/reference.json": reference, "results/benchmark-*.json": speed},
-    "docs/study-crdnd-plus.md": study.TABLES,
+    "docs/study-crdnd-plus.md": study.TABLES | {"cifar10": partial(comparisons.standings, "cifar10")},
     "weights/README.md": {"models": models},
 }
 """What stands where."""
