@@ -85,9 +85,9 @@ def mean(cells: Iterable[CellResult], of: Measure) -> Estimate:
     return estimate([of(cell) for cell in cells])
 
 
-def paired(comparison: Comparison, objective: str, other: str, of: Measure) -> Estimate:
-    """One method minus another, seed by seed."""
-    ours, theirs = cells_of(comparison, objective), cells_of(comparison, other)
+def paired(comparison: Comparison, objective: str, other: str, of: Measure, **where: str | None) -> Estimate:
+    """One method minus another, seed by seed; those of a student or teacher alone where one is named."""
+    ours, theirs = (cells_of(comparison, name, **where) for name in (objective, other))
     return estimate([of(ours[seed]) - of(theirs[seed]) for seed in ours if seed in theirs])
 
 
@@ -130,6 +130,11 @@ def targets() -> str:
     return table([*header, f"natural, {over}, from -0.5", f"gap, {over}, to +0.5"], rows, left=2)
 
 
+def lead(comparison: Comparison, other: str, **where: str | None) -> str:
+    """The worst case of ours minus another's."""
+    return "-" if other == OURS else interval(paired(comparison, OURS, other, reads(WORST), **where), 2)
+
+
 def main_table(part: str) -> str:
     """All methods at one width."""
     comparison = load(part)
@@ -140,7 +145,7 @@ def main_table(part: str) -> str:
             f"[`{name}`](methods/{name}.md)",
             *(spread(entry.columns[column]) for column in ("clean", "pgd_trades", "autoattack")),
             f"**{total.mean:.1f}** [{total.low:.1f}, {total.high:.1f}]",
-            "-" if name == OURS else interval(paired(comparison, OURS, name, reads(WORST)), 2),
+            lead(comparison, name),
             spread(entry.gap) if entry.gap else "-",
             f"{entry.seconds:.0f} ({passes(entry)})",
         ])  # fmt: skip
@@ -148,24 +153,26 @@ def main_table(part: str) -> str:
     return table([*names, "seconds (passes)"], rows)
 
 
-def part_table(part: str, **extra: Measure) -> str:
-    """Every entry of a part beside its baseline."""
+def part_table(part: str, *, without: bool = False, **extra: Measure) -> str:
+    """Every entry of a part beside its baseline; with `without`, what ours has above it, too."""
     comparison = load(part)
     several = {key: len(comparison.spec[f"{key}s"]) > 1 for key in ("student", "teacher")}
     board = leaderboard(comparison)
     rows: list[list[str]] = []
     for entry in board.entries:
-        own = cells_of(comparison, entry.objective, student=entry.student, teacher=entry.teacher).values()
+        where = {"student": entry.student, "teacher": entry.teacher}
+        own = cells_of(comparison, entry.objective, **where).values()
         rows.append([
             f"`{entry.objective}`",
             *(str(getattr(entry, key)) for key, shown in several.items() if shown),
             spread(entry.columns["clean"]),
             f"**{entry.columns[WORST].mean:.1f}** ± {entry.columns[WORST].sd:.1f}",
             "; ".join(interval(pair.columns[WORST], 2) for pair in entry.differences) or "-",
+            *([lead(comparison, entry.objective, **where)] if without else []),
             *(spread(mean(own, of)) for of in extra.values()),
         ])  # fmt: skip
     names = ["method", *(key for key, shown in several.items() if shown), "clean", "worst case"]
-    header = [*names, f"minus `{board.baseline}`", *extra]
+    header = [*names, f"minus `{board.baseline}`", *([f"`{OURS}` minus it"] if without else []), *extra]
     return table(header, rows, left=1 + sum(several.values()))
 
 
@@ -183,7 +190,7 @@ def summary() -> str:
         row = [f"[`{name}`](docs/methods/{name}.md)"]
         for comparison in parts:
             row.append(f"**{mean(cells_of(comparison, name).values(), reads(WORST)).mean:.1f}**")
-            row.append("-" if name == OURS else interval(paired(comparison, OURS, name, reads(WORST)), 2))
+            row.append(lead(comparison, name))
         rows.append(row)
     return table(["method", *(text for part in parts for text in (student_of(part), f"`{OURS}` minus it"))], rows)
 
@@ -245,7 +252,8 @@ ALL: dict[str, tuple[str, Callable[[], str]]] = {
     **{part: (part, partial(main_table, part)) for part in WIDTHS},
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
     "flaw": ("flaw", partial(part_table, "flaw", **FLAW)),
-    **{part: (part, partial(part_table, part)) for part in ("ablation", "sensitivity", "spoiled", "sizes")},
+    "ablation": ("ablation", partial(part_table, "ablation", without=True)),
+    **{part: (part, partial(part_table, part)) for part in ("sensitivity", "spoiled", "sizes")},
     "overfitting": ("overfitting", partial(part_table, "overfitting", **OVERFITTING)),
     "acm": ("acm", acm_table),
     "search": ("search", search_table),
