@@ -50,8 +50,7 @@ Every test image was attacked once, by `rslad-table`: worst case means that all 
 def page(name: str) -> str:
     """The page's text."""
     comparison = load_comparison(results(name))
-    board = leaderboard(comparison)
-    protocol = board.protocols[0]
+    protocol = comparison.protocols[0]
     title, about = PAGES[name]
     text = HEAD.format(
         name=name,
@@ -60,7 +59,7 @@ def page(name: str) -> str:
         about=about.format(seeds=len(comparison.spec["seeds"]), n=protocol.n),
         threat=f"{protocol.norm}, eps {protocol.eps:g}",
     )
-    text += f"{END}\n{standings(name)}"
+    text += f"{END}\n{standings(comparison)}"
     text += (
         "\nGap: points by which PGD_TRADES reads above AutoAttack. Passes: evaluations of student + teachers for each\n"
     )
@@ -70,9 +69,8 @@ def page(name: str) -> str:
     return text + f"\nCommit {comparison.commit}, torch {comparison.versions.get('torch', '?')}.\n"
 
 
-def standings(name: str, methods: str = "methods") -> str:
-    """All methods of a comparison, best first; `methods` is the folder of their pages as seen from this one."""
-    comparison = load_comparison(results(name))
+def standings(comparison: Comparison, methods: str = "methods") -> str:
+    """All methods of a comparison, best first; `methods` is the folder of their pages as seen from the text's."""
     board = leaderboard(comparison)
     names = ["method", "clean", "PGD_SAT", "AutoAttack", "worst case", f"minus `{board.baseline}`", "gap"]
     rows = [

@@ -153,14 +153,16 @@ def main_table(part: str) -> str:
     return table([*names, "seconds (passes)"], rows)
 
 
-def part_table(part: str, *, without: bool = False, **extra: Measure) -> str:
-    """Every entry of a part beside its baseline; with `without`, what ours has above it, too."""
+def part_table(part: str, **extra: Measure) -> str:
+    """Every entry of a part beside its baseline, and ours beside it where ours is in the part and not the baseline."""
     comparison = load(part)
     several = {key: len(comparison.spec[f"{key}s"]) > 1 for key in ("student", "teacher")}
     board = leaderboard(comparison)
+    leads = OURS in comparison.spec["objectives"] and board.baseline != OURS
     rows: list[list[str]] = []
     for entry in board.entries:
-        where = {"student": entry.student, "teacher": entry.teacher}
+        # Ours has a teacher; a method without one stands beside it all the same.
+        where = {"student": entry.student, **({"teacher": entry.teacher} if entry.teacher else {})}
         own = cells_of(comparison, entry.objective, **where).values()
         rows.append([
             f"`{entry.objective}`",
@@ -168,11 +170,11 @@ def part_table(part: str, *, without: bool = False, **extra: Measure) -> str:
             spread(entry.columns["clean"]),
             f"**{entry.columns[WORST].mean:.1f}** ± {entry.columns[WORST].sd:.1f}",
             "; ".join(interval(pair.columns[WORST], 2) for pair in entry.differences) or "-",
-            *([lead(comparison, entry.objective, **where)] if without else []),
+            *([lead(comparison, entry.objective, **where)] if leads else []),
             *(spread(mean(own, of)) for of in extra.values()),
         ])  # fmt: skip
     names = ["method", *(key for key, shown in several.items() if shown), "clean", "worst case"]
-    header = [*names, f"minus `{board.baseline}`", *([f"`{OURS}` minus it"] if without else []), *extra]
+    header = [*names, f"minus `{board.baseline}`", *([f"`{OURS}` minus it"] if leads else []), *extra]
     return table(header, rows, left=1 + sum(several.values()))
 
 
@@ -252,8 +254,7 @@ ALL: dict[str, tuple[str, Callable[[], str]]] = {
     **{part: (part, partial(main_table, part)) for part in WIDTHS},
     **{f"{part}, trials": (part, partial(trials, part)) for part in WIDTHS},
     "flaw": ("flaw", partial(part_table, "flaw", **FLAW)),
-    "ablation": ("ablation", partial(part_table, "ablation", without=True)),
-    **{part: (part, partial(part_table, part)) for part in ("sensitivity", "spoiled", "sizes")},
+    **{part: (part, partial(part_table, part)) for part in ("ablation", "sensitivity", "spoiled", "sizes")},
     "overfitting": ("overfitting", partial(part_table, "overfitting", **OVERFITTING)),
     "acm": ("acm", acm_table),
     "search": ("search", search_table),
