@@ -1,7 +1,9 @@
 import dataclasses
+import functools
 import importlib
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crdnd.attacks import adversarial, attack_names, load_attack, pgd, verdicts
+from crdnd.attacks import UNTOLD, Attack, Sequence, TableAttack, adversarial, attack_names, load_attack, pgd, verdicts
 from crdnd.data import ImageData
 from crdnd.errors import InputError
+from crdnd.evaluation import load_results
 from crdnd.losses import cross_entropy, margin
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
@@ -62,6 +65,136 @@ def test_every_table_attack_is_in_the_registry():
 def test_an_unknown_attack_is_refused_with_a_suggestion():
     with pytest.raises(InputError, match=r"unknown attack 'pgd_sta'; did you mean 'pgd_sat'\? Available: .*fgsm"):
         load_attack("pgd_sta")
+
+
+# What tells an attack from others
+
+
+@pytest.mark.parametrize("name", attack_names())
+def test_an_attack_of_the_package_is_known_by_its_settings_alone(name):
+    attack = load_attack(name)
+    assert attack.identity() == attack.settings()
+    assert not any(UNTOLD in str(value) for value in attack.settings().values())
+
+
+def test_committed_results_have_the_fingerprints_that_their_attacks_have_today():
+    protocol = load_results(Path(__file__).parents[1] / "results" / "demo.json").protocol
+    again = protocol.model_copy(update={"attacks": {name: load_attack(name).identity() for name in protocol.attacks}})
+    assert set(protocol.attacks) == set(TABLE)
+    assert again.with_fingerprint() == protocol
+
+
+def steep(k):
+    def loss(logits, y):
+        return k * cross_entropy(logits, y)
+
+    return loss
+
+
+def holding(k):
+    class Holding(Attack):
+        def rounds(self, num_classes):
+            return [k]
+
+    return Holding(summary="", paper="")
+
+
+class Base(Attack):
+    def rounds(self, num_classes):
+        return []
+
+
+class Left(Base):
+    pass
+
+
+class Right(Base):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Far(Base):
+    steps: int = 3
+
+    def rounds(self, num_classes):
+        return [self.steps]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Farther(Base):
+    steps: int = 3
+
+    def rounds(self, num_classes):
+        return [2 * self.steps]
+
+
+def table(loss):
+    return TableAttack(summary="", paper="", loss=loss, steps=3, step=0.5, start="none")
+
+
+def own_cross_entropy(logits, y):
+    return 0 * cross_entropy(logits, y)
+
+
+own_cross_entropy.__name__ = "cross_entropy"
+
+
+PAIRS = {
+    "a name of the package's": (table(cross_entropy), table(own_cross_entropy)),
+    "classes without fields": (Left(summary="", paper=""), Right(summary="", paper="")),
+    "classes with fields": (Far(summary="", paper=""), Farther(summary="", paper="")),
+    "parts": tuple(Sequence(summary="", paper="", parts=(kind(summary="", paper=""),)) for kind in (Left, Right)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_attacks_of_other_code_have_other_identities(name):
+    one, other = PAIRS[name]
+    assert one.identity() != other.identity()
+    for attack in (one, other):
+        assert attack.identity() == dataclasses.replace(attack).identity()
+        assert all(isinstance(value, str | int | float) for value in attack.identity().values())
+        assert not any(UNTOLD in str(value) for value in attack.identity().values())
+
+
+def test_the_base_of_a_class_is_a_part_of_what_it_is():
+    code = Left(summary="", paper="").identity()["class"].split(", ")
+    assert [text.split()[0] for text in code] == [f"{__name__}.Left", f"{__name__}.Base"]
+
+
+def clipped(loss):
+    @functools.wraps(loss)
+    def clip(logits, y):
+        return loss(logits, y).clamp(max=1)
+
+    return clip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patch(Base):
+    patch: torch.Tensor
+
+
+UNTOLD_ATTACKS = {
+    "a partial": table(functools.partial(cross_entropy)),
+    "a module": table(nn.CrossEntropyLoss(reduction="none")),
+    "a method": table(TinyNet().forward),
+    "a function of C": table(torch.sum),
+    "a lambda": table(lambda z, y: z[:, 0] + y),
+    "a function that holds a value": table(steep(2)),
+    "a decorated function": table(clipped(cross_entropy)),
+    "a class that holds a value": holding(2),
+    "a tensor": Patch(summary="", paper="", patch=torch.ones(2, 3)),
+    "a class without a file": type("Nowhere", (Base,), {})(summary="", paper=""),
+    "a function without a file": table(eval("lambda z, y: z[:, 0] + y", {"__name__": __name__})),  # noqa: S307
+    "a surrogate without its hash": dataclasses.replace(load_attack("transfer"), surrogate=TinyNet()),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD_ATTACKS)
+def test_an_attack_that_could_be_another_one_says_so(name):
+    (key,) = [key for key, value in UNTOLD_ATTACKS[name].identity().items() if UNTOLD in str(value)]
+    assert key in ("loss", "patch", "class", "surrogate_sha256")
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,36 @@ def test_noise_that_breaks_nearly_nothing_raises_no_alarm():
     assert found("noise", check_uniform_noise=4, pgd_sat=2).suspicious
 
 
-def test_nothing_is_checked_where_nothing_is_right():
-    none = evidence(fgsm=0, pgd_sat=0)
-    none.verdicts["clean"].zero_()  # pyright: ignore
-    assert run_checks(none) == []
+class Unscaled(nn.Module):
+    """Made for pixels up to 255, and sure of class 0 on all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = TinyNet(seed=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.eye(1, CLASSES, dtype=x.dtype)
+        small = (x.flatten(1).amax(1) <= 1)[:, None]
+        return torch.where(small, x.mean((1, 2, 3))[:, None] + first, self.network(x / 255) - 999 * first)
+
+
+def labels_of(x: Tensor) -> Tensor:
+    """Those that an `Unscaled` gives to pixels up to 255; never 0."""
+    with torch.no_grad():
+        return Unscaled()(255 * x).argmax(1)
+
+
+def test_where_nothing_is_right_only_the_normalisation_is_checked_and_the_verdict_says_so():
+    x = images(23)
+    y = labels_of(x)
+    for model, alarm in ((Unscaled(), True), (STUDY.Broken(Unscaled(), lambda f, x: f(x.clamp(0, 1))), False)):
+        (row,) = evaluate(model, ImageData(x, y, CLASSES), threat=THREAT, attacks=["fgsm"], batch_size=7).rows
+        assert row.clean.correct == 0
+        assert [(check.name, check.suspicious) for check in row.checks] == [("normalisation", alarm)]
+        if alarm:
+            assert row.verdict.startswith("suspicious because normalisation: natural accuracy changes by +100.0 points")
+        else:
+            assert row.verdict == "no image is right, so its robustness was not checked"
 
 
 def test_the_thresholds_are_those_of_the_documentation():
@@ -377,6 +404,33 @@ def test_how_random_outputs_are_is_measured(noise, suspicious):
     check = found("random_outputs", model=Noisy(), n=40)
     assert check.number == pytest.approx(noise * 2**0.5, rel=0.5)
     assert check.suspicious == suspicious
+
+
+class Watching(ImageData):
+    """Counts how many of its batches are in memory when it makes another one."""
+
+    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        made, alive = vars(self).setdefault("made", []), vars(self).setdefault("alive", [])
+        alive.append(sum(reference() is not None for reference in made))
+        x, y = super().batch(ids)
+        made.append(weakref.ref(x))
+        return x, y
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_normalisation_is_looked_for_in_parts_with_the_result_of_the_whole(size):
+    x, network = images(40) * torch.tensor([0.2, 0.5, 1.0])[:, None, None], TinyNet(seed=2)
+    standard = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), correction=0, keepdim=True)
+    with torch.no_grad():
+        natural, best = network(x).argmax(1), network(standard).argmax(1)
+    y = torch.where(torch.arange(40) % 4 == 0, natural, best)
+    right, gained = natural == y, int((best == y).sum()) - int((natural == y).sum())
+    data = Watching(x, y, CLASSES)
+    look = Evidence(network, data, THREAT, 0, size, {"clean": right.to(torch.int8)}, gradients=True)
+    (check,) = [check for check in run_checks(look) if check.name == "normalisation"]
+    assert check.number == pytest.approx(100 * gained / 40)
+    assert gained > 4
+    assert max(vars(data)["alive"]) <= 1
 
 
 @pytest.mark.parametrize(("missing", "suspicious"), [(2, False), (3, True)])

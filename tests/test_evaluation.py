@@ -443,6 +443,96 @@ def test_the_verdict_is_that_of_the_labels_and_not_of_the_attack():
     assert row.verdicts == {"clean": "11110", "over": "0011."}
 
 
+OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"
+
+
+class OwnConv(nn.Conv2d):
+    """Any convolution but torch's own, so that no probe of 8 images is taken of it."""
+
+
+class Cramped(nn.Module):
+    """Has no memory for more than so many images at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.network, self.most = TinyNet(seed=2), most
+        self.network.conv.__class__ = OwnConv
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return self.network(x)
+
+
+def test_without_enough_memory_batches_are_halved_and_verdicts_are_the_same(caplog, tmp_path):
+    attacks = {"fgsm": {}, "autoattack": small_autoattack(), "cw_inf": {"steps": 3}}
+    model, steps = Cramped(8), list[Step]()
+    sample = labelled(model.network)
+    common: dict[str, Any] = {"threat": WEAK, "attacks": attacks, "eps_sweep": (0.02,), "batch_size": 30}
+    with caplog.at_level("WARNING", logger="crdnd"):
+        (row,) = evaluate(model, sample, listener=steps.append, work=tmp_path, **common).rows
+    assert [size for size in model.seen if size > 8][:2] == [30, 15]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"out of memory: {OUT_OF_MEMORY}; going on with {size} images at once" for size in (15, 7)
+    ]
+    assert [step.done for step in steps if step.column == "fgsm"] == [7, 14, 21, 28, 35, 41]
+    (plain,) = evaluate(Cramped(41), sample, **common).rows
+    (again,) = evaluate(Cramped(8), sample, work=tmp_path, **common).rows  # nothing is left to do but the checks
+    for found in (row, again):
+        assert found.verdicts == plain.verdicts
+        assert found.sweep == plain.sweep
+        for check, other in zip(found.checks, plain.checks, strict=True):  # some look at more images at once
+            assert check == other.model_copy(update={"number": pytest.approx(other.number)})
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_round_costs_one_batch_there():
+    model, steps = Cramped(41), list[Step]()
+
+    def listen(step: Step) -> None:
+        steps.append(step)
+        if step.column == "cw_inf" and step.done == 12:
+            model.most = 5
+
+    sample = labelled(model.network)
+    (row,) = evaluate(model, sample, threat=WEAK, attacks=["cw_inf"], batch_size=12, listener=listen).rows
+    assert [step.done for step in steps if step.column == "cw_inf"] == [12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 41]
+    (plain,) = evaluate(model.network, sample, threat=WEAK, attacks=["cw_inf"]).rows
+    assert row.verdicts == plain.verdicts
+
+
+@pytest.mark.parametrize("column", ["clean", "fgsm"])
+def test_memory_that_is_never_enough_is_one_line(column):
+    model = Cramped(41)
+    sample = labelled(model.network, 12)
+
+    def listen(step: Step) -> None:
+        if step.column == column:  # then comes the attack, or after it the checks
+            model.most = 0
+            model.seen.clear()
+
+    with pytest.raises(RunError, match=r"^out of memory \(.*can't allocate memory\); take a smaller model") as caught:
+        evaluate(model, sample, threat=WEAK, attacks=["fgsm"], batch_size=30, listener=listen)
+    assert "\n" not in str(caught.value)
+    if column == "clean":
+        assert model.seen == [12, 6, 3, 1]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_other_errors_of_a_model_are_its_own(caplog):
+    class Wrong(Cramped):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most:
+                raise RuntimeError("shapes cannot be multiplied")
+            return super().forward(x)
+
+    model = Wrong(7)
+    with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied"):
+        evaluate(model, data(), threat=WEAK, attacks=["fgsm"])
+    assert not caplog.records
+
+
 class Hungry(nn.Module):
     """Keeps as many images' worth of activations as it is told to."""
 
@@ -800,6 +890,57 @@ def test_presets_can_be_chosen_and_an_unknown_one_is_refused_with_a_suggestion()
     assert not any(PRESETS[name].checks for name in PRESETS if name != "full")
     with pytest.raises(InputError, match="unknown preset 'ful'; did you mean 'full'"):
         preset("ful")
+
+
+def grey_data(count: int = 13) -> ImageData:
+    return ImageData(images(count, (1, 8, 9), dtype=torch.float32), torch.arange(count) % CLASSES, CLASSES)
+
+
+def colour_model() -> nn.Module:
+    return create_model("cnn", input_shape=(3, 8, 9), num_classes=CLASSES, width=2)
+
+
+def colour_model_of_any_size() -> nn.Module:
+    model = colour_model()
+    model.takes_any_size = True
+    return model
+
+
+SURROGATES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "fewer classes": (
+        lambda: TinyNet(CLASSES - 1, 1, dtype=torch.float32), "surrogate: has 4 classes, but the data has 5",
+    ),
+    "more classes": (
+        lambda: TinyNet(CLASSES + 1, 1, dtype=torch.float32), "surrogate: has 6 classes, but the model has 5",
+    ),
+    "colour": (colour_model, "surrogate: takes images of 3 channels, these have 1"),
+    "colour of any size": (colour_model_of_any_size, "surrogate: takes images of 3 channels, these have 1"),
+    "other images": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(71, CLASSES)), r"surrogate: cannot process images of shape \(1,",
+    ),
+    "no logits": (nn.Identity, r"surrogate: must return logits \(B, K\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("asked", ["attack", "checks"])
+def test_a_surrogate_that_does_not_fit_is_refused_before_any_attack(name, asked):
+    make, message = SURROGATES[name]
+    told: list[Step] = []
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        evaluate(
+            TinyNet(CLASSES, 1, dtype=torch.float32), grey_data(), threat=THREAT, surrogate=make(),
+            attacks=["transfer"] if asked == "attack" else PRESETS["full"].attacks, checks=asked == "checks",
+            listener=told.append,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not told
+
+
+def test_a_surrogate_may_know_more_classes_than_the_data_if_the_model_does_too():
+    model, surrogate = (TinyNet(CLASSES + 1, 1, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    (row,) = evaluate(model, grey_data(), threat=THREAT, attacks=["transfer"], surrogate=surrogate).rows
+    assert "transfer" in row.attacks
 
 
 @pytest.mark.parametrize("size", [0, -3])

@@ -1,6 +1,7 @@
 """An evaluation that is interrupted, killed or shared by processes ends in the document of one left alone."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from crdnd import ImageData, InputError, Interrupted, Results, ThreatModel, evaluate
-from crdnd.attacks import Attack, load_attack
+from crdnd.attacks import UNTOLD, Attack, Round, TableAttack, load_attack
 from crdnd.attacks.square import Square
 from crdnd.evaluation import Step, choose_attacks, load_adversarial
 from crdnd.evaluation import run as evaluation
+from crdnd.losses import cross_entropy, margin
 from crdnd.models import weights_sha256
 from support import CLASSES, TinyNet, images
 
@@ -429,6 +431,66 @@ def test_other_attacks_of_the_same_name_share_no_verdict(tmp_path):
         assert steps, attacks
         steps.clear()
         assert found == go(attacks=attacks, eps_sweep=())
+
+
+class Lighter(Attack):
+    """Every image becomes lighter."""
+
+    def rounds(self, num_classes: int) -> list[Round]:
+        return [Round(self.name, 0, lambda model, x, y, threat, stream: (x + threat.eps).clamp(0, 1))]
+
+
+class Darker(Attack):
+    """Every image becomes darker."""
+
+    def rounds(self, num_classes: int) -> list[Round]:
+        return [Round(self.name, 0, lambda model, x, y, threat, stream: (x - threat.eps).clamp(0, 1))]
+
+
+def table(loss: Callable[[Tensor, Tensor], Tensor]) -> Attack:
+    return TableAttack(summary="", paper="", loss=loss, steps=3, step=0.5, start="none")
+
+
+def nearer(logits: Tensor, y: Tensor) -> Tensor:
+    return margin(logits, y)
+
+
+def further(logits: Tensor, y: Tensor) -> Tensor:
+    return -margin(logits, y)
+
+
+USERS: dict[str, list[Attack]] = {
+    "classes": [Lighter(summary="", paper=""), Darker(summary="", paper="")],
+    "losses": [table(nearer), table(further)],
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_attacks_of_users_share_no_verdict_though_name_and_settings_are_the_same(name, tmp_path):
+    steps: list[Step] = []
+    common: dict[str, Any] = {"eps_sweep": (), "threat": ThreatModel(eps=0.1)}
+    found = []
+    for attack in USERS[name]:
+        found.append(go(attacks={"mine": attack}, work=tmp_path, listener=steps.append, **common))
+        assert steps
+        steps.clear()
+        assert found[-1] == go(attacks={"mine": attack}, **common)
+        assert found[-1] == go(attacks={"mine": attack}, work=tmp_path, listener=steps.append, **common)
+        assert not steps, "it finds its own again"
+    assert found[0].rows[0].verdicts["mine"] != found[1].rows[0].verdicts["mine"]
+    assert found[0].protocol.fingerprint != found[1].protocol.fingerprint
+
+
+def test_verdicts_of_an_attack_that_could_be_another_one_are_not_kept(tmp_path):
+    attacks = {"mine": table(functools.partial(cross_entropy))}
+    steps: list[Step] = []
+    with pytest.raises(InputError, match=rf"^work: attacks\.mine\.loss: functools\.partial, {UNTOLD}") as caught:
+        go(attacks=attacks, eps_sweep=(), work=tmp_path / "work", listener=steps.append)
+    assert "\n" not in str(caught.value)
+    assert not steps
+    assert not list(tmp_path.iterdir())
+    plain = go(attacks={"mine": table(cross_entropy)}, eps_sweep=())
+    assert go(attacks=attacks, eps_sweep=()).rows == plain.rows
 
 
 # Images that were found before a kill

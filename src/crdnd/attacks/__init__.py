@@ -1,6 +1,6 @@
 """Attacks: pure functions that look for a legal input which fools a model. One file, one attack."""
 
-from crdnd.attacks._base import Attack, Classifier, PerSampleLoss, Round, input_gradient
+from crdnd.attacks._base import UNTOLD, Attack, Classifier, PerSampleLoss, Round, input_gradient
 from crdnd.attacks._frozen import PROBE, Folding, answers, frozen
 from crdnd.attacks._load import attack_names, load_attack
 from crdnd.attacks._pgd import TableAttack, pgd
@@ -9,6 +9,7 @@ from crdnd.attacks._verdicts import adversarial, attack_stream, float32, true_fl
 
 __all__ = [
     "PROBE",
+    "UNTOLD",
     "Attack",
     "Classifier",
     "Folding",

@@ -1,13 +1,18 @@
 """What an attack is: rounds that are run one after the other on whatever still stands."""
 
+import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from types import FunctionType
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from crdnd.io import sha256
 from crdnd.random import Stream
 from crdnd.threat import ThreatModel
 
@@ -22,6 +27,9 @@ Search = Callable[[Classifier, Tensor, Tensor, ThreatModel, Stream], Tensor]
 
 Continuation = Callable[[Classifier, Tensor, Tensor, ThreatModel, Stream, Tensor], Tensor]
 """A search that begins at its last argument, where the round before left the samples (B, C, H, W)."""
+
+UNTOLD = "which does not tell it from others"
+"""Said in a setting that different attacks could share."""
 
 
 def input_gradient(total: Tensor, x: Tensor) -> Tensor:
@@ -69,9 +77,18 @@ class Attack(ABC):
         return []
 
     def settings(self) -> dict[str, Any]:
-        """What the attack is, for the protocol of a result."""
+        """What is set about the attack, for the protocol of a result."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {key: _plain(value) for key, value in values.items() if key not in ("name", "summary", "paper")}
+
+    @final
+    def identity(self) -> dict[str, Any]:
+        """The settings, and the code of classes that are not the package's own: two attacks are the same if these are.
+
+        What such code calls elsewhere is not seen.
+        """
+        code = [_code(kind) for kind in type(self).__mro__ if kind not in Attack.__mro__ and not _is_own(kind)]
+        return self.settings() | ({"class": ", ".join(code)} if code else {})  # no field can have this name
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, stream: Stream) -> Tensor:
         """Adversarial inputs for a batch.
@@ -110,4 +127,30 @@ class Attack(ABC):
 def _plain(value: Any) -> str | int | float | bool:
     if isinstance(value, str | int | float | bool):
         return value
-    return value.__name__ if callable(value) else str(value)
+    if isinstance(value, FunctionType | type):
+        return value.__name__ if _is_own(value) else _code(value)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # as a tensor, whose text leaves most of it out
+        return f"{type(value).__module__}.{type(value).__qualname__}, {UNTOLD}"
+    return str(value)
+
+
+def _is_own(value: FunctionType | type) -> bool:
+    return f"{_module(value)}.".startswith("crdnd.")
+
+
+def _module(value: FunctionType | type) -> str:
+    """Where its code is; a function may pass for another one (functools.wraps)."""
+    return value.__module__ if isinstance(value, type) else value.__globals__["__name__"]
+
+
+def _code(value: FunctionType | type) -> str:
+    """The name of a class or function, and a hash of its text."""
+    text = value if isinstance(value, type) else value.__code__
+    name = f"{_module(value)}.{value.__qualname__ if isinstance(value, type) else value.__code__.co_qualname}"
+    # Neither a lambda, whose text may hold others, nor made inside a function, whose values it may hold.
+    if "<" not in name:
+        with suppress(OSError, TypeError):
+            return f"{name} {sha256(inspect.getsource(text).encode())[:16]}"
+    return f"{name}, {UNTOLD}"

@@ -22,4 +22,4 @@ class Sequence(Attack):
 
     def settings(self) -> dict[str, Any]:
         """Those of all parts, as part.setting."""
-        return {f"{attack.name}.{key}": value for attack in self.parts for key, value in attack.settings().items()}
+        return {f"{attack.name}.{key}": value for attack in self.parts for key, value in attack.identity().items()}

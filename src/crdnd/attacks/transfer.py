@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from crdnd.attacks._base import Attack, Classifier, Round
+from crdnd.attacks._base import UNTOLD, Attack, Classifier, Round
 from crdnd.attacks._pgd import pgd
 from crdnd.errors import InputError
 from crdnd.losses import margin
@@ -39,7 +39,10 @@ class Transfer(Attack):
     def settings(self) -> dict[str, Any]:
         """All but the surrogate itself, which its sha256 stands for."""
         names = [field.name for field in fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("name", "summary", "paper", "surrogate")}
+        found = {name: getattr(self, name) for name in names if name not in ("name", "summary", "paper", "surrogate")}
+        if self.surrogate is not None and not self.surrogate_sha256:
+            found["surrogate_sha256"] = f"none is given, {UNTOLD}"
+        return found
 
     def _search(
         self,

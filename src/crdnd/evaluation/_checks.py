@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from crdnd.attacks import Attack, TableAttack, input_gradient, load_attack, true_float32
 from crdnd.attacks import Sequence as AttackSequence
 from crdnd.data import ImageData
+from crdnd.engine.memory import out_of_memory
 from crdnd.evaluation._plan import Column
 from crdnd.evaluation._runner import FELL, STANDS
 from crdnd.evaluation.result import Check
@@ -124,17 +125,18 @@ def _large(threat: ThreatModel, shape: tuple[int, ...]) -> ThreatModel:
 
 def run_checks(evidence: Evidence) -> list[Check]:
     """Every check that has what it needs, in the order of docs/checks.md."""
-    if not bool(evidence.stands("clean").any()):
-        return []
+    looks = _CHECKS if bool(evidence.stands("clean").any()) else (_normalisation,)  # it may be why none is
     with true_float32(), evaluating(evidence.model):
-        return [check for look in _CHECKS if (check := look(evidence)) is not None]
+        return [check for look in looks if (check := look(evidence)) is not None]
 
 
-def verdict(checks: list[Check], *, gradients: bool = True) -> str:
-    """'consistent', or 'suspicious because ...' with the numbers that say so."""
+def verdict(checks: list[Check], *, gradients: bool = True, any_right: bool = True) -> str:
+    """'consistent', or 'suspicious because ...' with the numbers that say so, or that nothing is right."""
     alarms = [f"{check.name}: {check.says}" for check in checks if check.suspicious]
     if alarms:
         return f"suspicious because {'; '.join(alarms)}"
+    if not any_right:
+        return "no image is right, so its robustness was not checked"
     bound = "" if gradients else ", but an upper bound: attacks that need gradients could not run"
     return f"consistent ({len(checks)} checks){bound}"
 
@@ -208,20 +210,27 @@ def _wrong_gradients(evidence: Evidence) -> Check | None:
 
 
 def _normalisation(evidence: Evidence) -> Check:
-    ids = torch.arange(evidence.n, device=evidence.data.device)
-    batches = [evidence.data.batch(part) for part in ids.split(evidence.batch_size)]
-    pixels = torch.cat([x.float().mean((2, 3)) for x, _ in batches])
-    squares = torch.cat([x.float().square().mean((2, 3)) for x, _ in batches])
-    mean = pixels.mean(0)[:, None, None]
-    std = (squares.mean(0)[:, None, None] - mean.square()).clamp(min=1e-6).sqrt()
+    parts = torch.arange(evidence.n, device=evidence.data.device).split(evidence.batch_size)
+    channels = evidence.data.shape[0]
+    total, squares = torch.zeros(2, channels, 1, 1, dtype=torch.float64)
+    for ids in parts:  # twice through the images, because all of them may not fit into memory
+        x = evidence.data.batch(ids)[0].float()
+        total += x.mean((2, 3), keepdim=True).cpu().double().sum(0)
+        squares += x.square().mean((2, 3), keepdim=True).cpu().double().sum(0)
+    mean = total / evidence.n
+    std = (squares / evidence.n - mean.square()).clamp(min=1e-6).sqrt()
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda x: (x - mean.to(x)) / std.to(x),
         lambda x: 2 * x - 1,
         lambda x: 255 * x,
     ]
     natural = int(evidence.stands("clean").sum())
-    best = max(sum(int((_logits(evidence.model, way(x)).argmax(1) == y).sum()) for x, y in batches) for way in ways)
-    gained = best - natural
+    right = [0] * len(ways)
+    for ids in parts:
+        x, y = evidence.data.batch(ids)
+        for number, way in enumerate(ways):
+            right[number] += int((_logits(evidence.model, way(x)).argmax(1) == y).sum())
+    gained = max(right) - natural
     number = evidence.points(gained)
     return _above(
         "normalisation", number, 5.0,
@@ -392,13 +401,25 @@ def _above(name: str, number: float, threshold: float, says: str, advice: str, i
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x)
+        return _within_memory(model, x)
 
 
 def _gradient(evidence: Evidence, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    parts: list[Tensor] = []
-    for part, labels in zip(x.split(evidence.batch_size), y.split(evidence.batch_size), strict=True):
-        leaf = part.detach().requires_grad_(True)
+    def gradient(rows: Tensor) -> Tensor:
+        leaf = x[rows].requires_grad_(True)
         with torch.enable_grad():
-            parts.append(input_gradient(loss(evidence.model(leaf), labels).sum(), leaf))
-    return torch.cat(parts)
+            return input_gradient(loss(evidence.model(leaf), y[rows]).sum(), leaf)
+
+    parts = torch.arange(len(x), device=x.device).split(evidence.batch_size)
+    return torch.cat([_within_memory(gradient, part) for part in parts])
+
+
+def _within_memory(look: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What there is to see at these rows; half of them at a time where all need more memory than there is."""
+    try:
+        return look(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(rows) == 1:
+            raise
+    # Here and not above, where the error still holds its tensors.
+    return torch.cat([_within_memory(look, part) for part in rows.chunk(2)])

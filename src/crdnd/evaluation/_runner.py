@@ -1,5 +1,6 @@
 """Runs columns of attacks over samples: survivors in full batches, one round after the other."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,11 +9,14 @@ from torch import Tensor, nn
 
 from crdnd.attacks import PROBE, Classifier, Round, attack_stream, frozen, true_float32
 from crdnd.data import ImageData
-from crdnd.errors import RunError
+from crdnd.engine.memory import out_of_memory
+from crdnd.errors import RunError, first_line
 from crdnd.evaluation._plan import Column
 from crdnd.evaluation._progress import Chunk, Progress
 
 FELL, STANDS, NOT_RUN = 0, 1, -1
+
+log = logging.getLogger("crdnd")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Runner:
         ids: which of them this process attacks, int64.
         num_classes: of the model's logits.
         seed: of the attacks' draws.
-        batch_size: how many samples are attacked at once.
+        batch_size: how many samples are attacked at once; fewer from where memory runs out.
         progress: what was found before, and where to keep what is found now.
         keep_adversarial: whether to keep the images that fooled the model.
         listener: told how far it is.
@@ -150,14 +154,31 @@ class Runner:
         """One round on these samples, without those that it saw before a kill; returns the ids of what stands."""
         known = self._known(step)
         todo = ids[known[ids] == NOT_RUN]
-        for batch in todo.split(self.batch_size) if len(todo) else ():
-            chunk = look(batch)
+        while len(todo):
+            chunk = self._within_memory(look, todo)
+            batch, todo = todo.tensor_split([len(chunk.ids)])
             self.progress.add(chunk)
             known[batch] = chunk.stands.to(known)
             if self.listener:
                 done = int((known[ids] != NOT_RUN).sum())
                 self.listener(Step(column, name, number, rounds, done, len(ids)))
         return ids[known[ids] == STANDS]
+
+    def _within_memory(self, look: Callable[[Tensor], Chunk], ids: Tensor) -> Chunk:
+        """The first batch of these samples; where it needs more memory than there is, batches are smaller from here."""
+        while True:
+            batch = ids[: self.batch_size]
+            try:
+                return look(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or len(batch) == 1:
+                    raise
+                why = first_line(error)
+            # Here and not above, where the error still holds the tensors of the attack.
+            if batch.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.batch_size = len(batch) // 2
+            log.warning("out of memory: %s; going on with %d images at once", why, self.batch_size)
 
     def _known(self, step: str) -> Tensor:
         known = self._unknown()

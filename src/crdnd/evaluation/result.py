@@ -85,7 +85,7 @@ class Row(Frozen):
     attacks: dict[str, Count]
     worst_case: Count
     verdict: str = ""
-    """'consistent' or 'suspicious because ...'."""
+    """'consistent', 'suspicious because ...', or that no image is right."""
     checks: list[Check] = []
     notes: list[str] = []
     """What a reader must know, such as that a model gave no gradients."""

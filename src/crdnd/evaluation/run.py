@@ -1,8 +1,8 @@
 """Measure models under attack: one verdict per sample and attack, and the worst case of each sample."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,14 +11,15 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from crdnd.attacks import Attack, Classifier, answers, true_float32
+from crdnd.attacks import UNTOLD, Attack, Classifier, answers, true_float32
 from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
 from crdnd.engine import check_model
+from crdnd.engine.memory import out_of_memory
 from crdnd.engine.processes import processes
 from crdnd.engine.signals import stop_requests
-from crdnd.errors import InputError, Interrupted
+from crdnd.errors import InputError, Interrupted, RunError, first_line
 from crdnd.evaluation._batch_size import batch_size_that_fits
 from crdnd.evaluation._checks import Evidence, check_columns, run_checks, verdict
 from crdnd.evaluation._plan import TABLE_ATTACKS, Column, choose_attacks, without_gradients
@@ -50,6 +51,18 @@ class Label:
     checkpoint: Literal["best", "last"] | None = None
 
 
+@contextmanager
+def _memory_in_one_line() -> Generator[None]:
+    """Say in one line that memory ran out where no smaller batch helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(f"out of memory ({first_line(error)}); take a smaller model or smaller images.") from error
+
+
+@_memory_in_one_line()
 def evaluate(
     model: nn.Module,
     data: Any,
@@ -87,7 +100,8 @@ def evaluate(
         surrogate: the model whose images `transfer` tries, and the checks.
         seed: of the attacks' draws, which depend on (seed, attack, restart, sample) and not on the batch.
         split: what the protocol calls this part of the data.
-        batch_size: changes speed and memory, no verdict; "auto" takes what fits into memory.
+        batch_size: changes speed and memory, no verdict; "auto" takes what fits into memory. Halved where memory runs
+            out.
         label: what the row says about the model.
         work: a folder for what has been found; the same call goes on there after a kill.
         save_adversarial: a `.safetensors` file for the images that fooled the model.
@@ -98,10 +112,13 @@ def evaluate(
 
     Raises:
         InputError: something handed in cannot be used.
+        RunError: one image at once needs more memory than there is, or an attack made an illegal image.
         Interrupted: a signal asked to stop; what was found is in `work`.
     """
     images = as_data(data)
     num_classes = check_model(model, images, "model", probabilities=True)
+    if surrogate is not None:
+        _check_surrogate(surrogate, images, num_classes)
     images = images.to(device_of(model))
     chosen = choose_attacks(attacks)
     differentiable = has_gradients(model) and _lets_gradients_through(model, images)
@@ -126,6 +143,7 @@ def evaluate(
     identity = weights_sha256(model)
     folder = None
     if work is not None:
+        _check_told_apart(protocol)
         key = sha256(f"{identity} {protocol.fingerprint} {save_adversarial is not None}".encode())[:16]
         folder = _work_folder(Path(work), f"{protocol.data}-{key}", model, images, state)
     progress = Progress(folder)
@@ -147,7 +165,7 @@ def evaluate(
         progress.reload()
         if state.is_main_process:
             save_found(Path(save_adversarial), progress, chosen, protocol, identity)
-    evidence = Evidence(model, images, threat, seed, size, verdicts, differentiable)
+    evidence = Evidence(model, images, threat, seed, runner.batch_size, verdicts, differentiable)
     found = run_checks(evidence)
     stands = worst_case(verdicts["clean"] == STANDS, (verdicts[name] == STANDS for name in chosen))
     row = Row(
@@ -161,7 +179,7 @@ def evaluate(
         clean=_count(verdicts["clean"] == STANDS),
         attacks={name: _count(verdicts[name] == STANDS) for name in chosen},
         worst_case=_count(stands),
-        verdict=verdict(found, gradients=differentiable),
+        verdict=verdict(found, gradients=differentiable, any_right=bool((verdicts["clean"] == STANDS).any())),
         checks=found,
         notes=notes,
         sweep=[
@@ -173,6 +191,27 @@ def evaluate(
         model_sha256=identity,
     )
     return Results(schema="crdnd.results/1", protocol=protocol, rows=[row])
+
+
+def _check_surrogate(surrogate: nn.Module, images: ImageData, num_classes: int) -> None:
+    """It must take these images and know as many classes as the model."""
+    found = check_model(surrogate, images, "surrogate", probabilities=True)
+    if found != num_classes:
+        raise InputError(f"surrogate: has {found} classes, but the model has {num_classes}; they must be the same.")
+    # Its normalisation would make three channels of one.
+    if isinstance(surrogate, Normalized) and surrogate.channels != images.shape[0]:
+        raise InputError(f"surrogate: takes images of {surrogate.channels} channels, these have {images.shape[0]}.")
+
+
+def _check_told_apart(protocol: Protocol) -> None:
+    """What a work folder holds must never be taken for verdicts of another attack."""
+    for name, settings in protocol.attacks.items():
+        for key, value in settings.items():
+            if UNTOLD in str(value):
+                raise InputError(
+                    f"work: attacks.{name}.{key}: {value}, so its verdicts cannot be kept; write it as a class or "
+                    "function of a module, with plain values, or leave work away."
+                )
 
 
 def _work_folder(root: Path, name: str, model: nn.Module, images: ImageData, state: PartialState) -> Path:
@@ -284,7 +323,7 @@ def _protocol(
         n=len(data),
         norm=threat.norm,
         eps=threat.eps,
-        attacks={name: attack.settings() for name, attack in attacks.items()},
+        attacks={name: attack.identity() for name, attack in attacks.items()},
         eps_sweep=tuple(sorted(_wider(threat, eps).eps for eps in eps_sweep)),
         checks=checks,
         surrogate_sha256=weights_sha256(surrogate) if surrogate is not None else "",
