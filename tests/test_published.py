@@ -13,7 +13,10 @@ from crdnd.cli import main
 from crdnd.errors import InputError
 from crdnd.models import (
     ModelCard,
+    adapted,
     create_model,
+    fitted,
+    input_shape,
     load_model,
     load_weights,
     parse_spec,
@@ -197,6 +200,19 @@ def test_a_line_can_name_the_weights_too():
     original = made(WRN)
     file = saved(tensors_of(original))
     assert torch.equal(resolve_model(f"{WRN},weights={file}")(images_for(original)), original(images_for(original)))
+
+
+def test_a_model_given_by_name_sees_images_of_the_size_that_comes_unless_one_was_stated():
+    file = saved(tensors_of(made(WRN)))
+    free, bound = resolve_model(WRN, file), resolve_model(f"{WRN},size=32", file)
+    assert (input_shape(free), input_shape(bound)) == (None, (3, 32, 32))
+    x = images(BATCH, (3, 64, 48), dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(adapted(free, (3, 64, 48))(x), free(x))
+        assert torch.equal(adapted(bound, (3, 64, 48))(x), bound(fitted(x, (3, 32, 32))))
+        assert torch.equal(adapted(free, (3, 64, 48), (3, 20, 20))(x), free(fitted(x, (3, 20, 20))))
+        grey = x[:, :1]
+        assert torch.equal(adapted(free, (1, 64, 48))(grey), free(grey.expand(-1, 3, -1, -1)))
 
 
 def test_load_weights_takes_published_names_and_their_normalisation():
@@ -402,6 +418,10 @@ def test_a_recipe_names_a_student_of_timm(timm):
     model = recipe.build_model(load_data("digits"))
     assert model.architecture.input_shape == (1, 8, 8)
     assert timm[-1] == ("net", False, {"num_classes": 10, "in_chans": 1, "width": 3})
+    assert model.architecture.mean == pytest.approx((0.2,)), "timm's own"
+    stated = recipe.model_copy(update={"model": recipe.model.model_copy(update={"normalization": "none"})})
+    model = stated.build_model(load_data("digits"))
+    assert (model.architecture.mean, model.architecture.std) == ((0.0,), (1.0,))
 
 
 def test_weights_go_into_a_model_of_timm_by_name(timm):

@@ -8,7 +8,7 @@ from pathlib import Path
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment, augmentation_names
 from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes, with_wrong_labels
-from crdnd.data._files import LAYOUTS, has_test, read_images, refuse_image_size, training_folder
+from crdnd.data._files import LAYOUTS, has_test, name_of, read_images, refuse_image_size, training_folder
 from crdnd.data._hub import PREFIX, read_hub
 from crdnd.data._images import image_files, image_shape, read_image, stacked
 from crdnd.data._named import HELD_OUT, VARIABLE, DataInfo, data_folder
@@ -37,6 +37,7 @@ __all__ = [
     "load_data",
     "load_info",
     "load_test",
+    "name_of",
     "read_image",
     "read_images",
     "read_splits",

@@ -105,8 +105,8 @@ def refuse_image_size(image_size: int | None, path: Path) -> None:
 
 
 def name_of(path: Path) -> str:
-    """What results call the data of a folder, also of '.' and '..'."""
-    return path.resolve().name or "data"
+    """What results call the data of a folder, also of '.' and '..', or of a file."""
+    return path.stem if path.is_file() else path.resolve().name or "data"
 
 
 # --- .npz -------------------------------------------------------------------------------------------------------------
@@ -241,9 +241,11 @@ def training_folder(folder: Path) -> Path:
     return split_folders(folder).get("train", folder)
 
 
-def has_test(folder: Path) -> bool:
-    """Whether a folder of training data holds test data too."""
-    return published_layout(folder) is not None or "test" in split_folders(folder)
+def has_test(path: Path) -> bool:
+    """Whether a folder or a file of training data holds test data too."""
+    if path.is_dir():
+        return published_layout(path) is not None or "test" in split_folders(path)
+    return path.suffix.lower() == ".npz" and "x_test" in npz_arrays(path)
 
 
 def read_classes(

@@ -92,7 +92,7 @@ def read_image(file: Path, size: Size | None = None, channels: int | None = None
         array = _grey(array)
     elif channels == 3:
         array = np.broadcast_to(array, (*array.shape[:2], 3))
-    return array if size is None else _resized(array, size, file)
+    return array if size is None else _resized(array, size)
 
 
 def pixels_of(image: "PIL.Image.Image", name: object) -> Bytes:
@@ -226,16 +226,14 @@ def _grey(array: Bytes) -> Bytes:
     return np.array(Image.fromarray(array).convert("L"))[:, :, None]
 
 
-def _resized(array: Bytes, size: Size, name: object) -> Bytes:
-    """Scaled until it just covers (H, W), and cropped in the middle."""
+def _resized(array: Bytes, size: Size) -> Bytes:
+    """Scaled until it just covers (H, W), and cropped in the middle: `crdnd.models.fitted` up to the rounding."""
     from PIL import Image
 
     height, width, channels = array.shape
-    scale = max(size[0] / height, size[1] / width)
-    rows, columns = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    if rows * columns > MOST_PIXELS:
-        raise InputError(f"{name}: is {width}x{height}, which is too narrow to be scaled; crop it.")
+    scale = min(height / size[0], width / size[1])
+    top, left = max(0.0, (height - size[0] * scale) / 2), max(0.0, (width - size[1] * scale) / 2)
+    seen = (left, top, width - left, height - top)
     image = Image.fromarray(array[:, :, 0] if channels == 1 else np.ascontiguousarray(array))
-    resized = np.array(image.resize((columns, rows), Image.Resampling.BILINEAR)).reshape(rows, columns, -1)
-    top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
-    return resized[top : top + size[0], left : left + size[1]]
+    resized = np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=seen))
+    return resized.reshape(*size, channels)

@@ -6,7 +6,6 @@ adversarial training step takes far longer than that, so there are no processes 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from crdnd.data._base import ImageData
 from crdnd.data._images import Bytes
 from crdnd.errors import InputError, RunError
 from crdnd.io import read_bytes
+from crdnd.machine import cores
 from crdnd.random import permutation
 
 Decoder = Callable[[Path], Bytes]
@@ -159,12 +159,7 @@ def _decode_into(images: Bytes, files: list[Path], decode: Decoder, first: int) 
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MOST_WORKERS, _cores()), thread_name_prefix="decode")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(MOST_WORKERS, cores()), thread_name_prefix="decode")
 
 
 def _length(file: Path) -> int:

@@ -87,7 +87,7 @@ def export_model(
     if to == "int8" and training_data is None:
         raise InputError("export: int8 needs training data to calibrate with; give training_data.")
     device, (channels, height, width) = data.device, data.shape
-    shape = input_shape(model) or (channels, height, width)
+    shape = input_shape(model) or (getattr(model, "channels", None) or channels, height, width)
     if channels != shape[0]:
         raise InputError(
             f"data: the images have {channels} channels, the file would take {shape[0]}; give such images."

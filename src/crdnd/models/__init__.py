@@ -3,7 +3,7 @@
 from crdnd import registry
 from crdnd.models._about import About
 from crdnd.models._adapted import Adapted, adapted, fitted, input_shape
-from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count
+from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count, seeded
 from crdnd.models._exported import ExportedModel
 from crdnd.models._extras import TIMM
 from crdnd.models._folder import (
@@ -21,7 +21,7 @@ from crdnd.models._folder import (
 )
 from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
 from crdnd.models._hub import EVALUATION, EXPORTS, PAGE, Pulled, exported_files, parse_hub, pull_model, push_files
-from crdnd.models._named import NORMALIZATION
+from crdnd.models._named import NORMALIZATION, StatedNormalization
 from crdnd.models._remote import is_remote, local_model, remote_name
 from crdnd.models._spec import parse_spec
 
@@ -41,6 +41,7 @@ __all__ = [
     "Normalized",
     "OnnxModel",
     "Pulled",
+    "StatedNormalization",
     "adapted",
     "create_model",
     "device_of",
@@ -66,6 +67,7 @@ __all__ = [
     "remote_name",
     "resolve_model",
     "save_model",
+    "seeded",
     "state",
     "weights_sha256",
 ]

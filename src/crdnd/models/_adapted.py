@@ -58,6 +58,8 @@ def adapted(model: nn.Module, given: Shape, wanted: Shape | None = None, what: s
         InputError: `wanted` is not what the model itself says, or its channels cannot be made from those given.
     """
     own = input_shape(model)
+    if own is None and isinstance(model, Normalized):
+        own = (model.channels, *(wanted or given)[1:])
     if own is not None and wanted not in (None, own):
         raise InputError(f"{what}: itself says that it takes {list(own)}, and not {list(wanted)}; leave that away.")
     wanted = own or wanted
@@ -74,7 +76,7 @@ def adapted(model: nn.Module, given: Shape, wanted: Shape | None = None, what: s
 def input_shape(model: nn.Module) -> Shape | None:
     """(C, H, W) of the images that a model was made for; None where it does not say."""
     if isinstance(model, Normalized):
-        return model.architecture.input_shape
+        return None if model.takes_any_size else model.architecture.input_shape
     return model.input_shape if isinstance(model, ExportedModel | OnnxModel) else None
 
 

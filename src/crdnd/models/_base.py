@@ -44,6 +44,8 @@ class Normalized(nn.Module):
 
     mean: Tensor
     std: Tensor
+    takes_any_size = False
+    """Whether H and W of its `input_shape` are a guess: weights of others do not say for which images they are."""
 
     def __init__(self, network: nn.Module, architecture: Architecture) -> None:
         super().__init__()
@@ -52,6 +54,11 @@ class Normalized(nn.Module):
         self.network = network
         self.register_buffer("mean", torch.tensor(architecture.mean).reshape(1, channels, 1, 1))
         self.register_buffer("std", torch.tensor(architecture.std).reshape(1, channels, 1, 1))
+
+    @property
+    def channels(self) -> int:
+        """Of its images."""
+        return self.architecture.input_shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1]."""
@@ -85,7 +92,7 @@ def create_model(
     where = f"model {name}"
     if name.startswith(TIMM):
         build(Architecture, values, where)  # says what is wrong before timm builds or downloads anything
-        with _seeded(seed):
+        with seeded(seed):
             network, cfg = timm_network(name, input_shape, num_classes, settings)
         # Weights that timm downloads are there once; a saved model has its own.
         values |= {"settings": {key: value for key, value in settings.items() if key != "pretrained"}}
@@ -98,13 +105,13 @@ def create_model(
     if min(architecture.input_shape[1:]) < smallest:
         height, width = architecture.input_shape[1:]
         raise InputError(f"model {name}: takes images of {smallest}x{smallest} or more, got {height}x{width}.")
-    with _seeded(seed):
+    with seeded(seed):
         network = network_class(channels, num_classes, chosen)
     return Normalized(network, architecture)
 
 
 @contextmanager
-def _seeded(seed: int) -> Generator[None]:
+def seeded(seed: int) -> Generator[None]:
     """Run the body with torch's generator at this seed, and leave the global one as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

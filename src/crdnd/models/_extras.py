@@ -41,6 +41,12 @@ def timm_network(
     return network, (mean, std)
 
 
+def fixes_size(network: nn.Module) -> bool:
+    """Whether a network was built for images of one size, as some of timm's are."""
+    cfg: Any = getattr(network, "pretrained_cfg", {})
+    return bool(cfg.get("fixed_input_size", False))
+
+
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """As they are, or their average where the images have another number of channels."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -11,7 +11,7 @@ from crdnd import registry
 from crdnd.config import Frozen, build
 from crdnd.errors import InputError, did_you_mean
 from crdnd.models._base import Architecture, Normalized, create_model
-from crdnd.models._extras import TIMM
+from crdnd.models._extras import TIMM, fixes_size
 from crdnd.models._folder import load_tensors, state
 from crdnd.models._published import Published, renamed, split_normalization, unwrapped
 
@@ -26,13 +26,11 @@ NORMALIZATION = {
 """Mean and std that published networks are behind; those of CIFAR as Gowal et al. and RobustBench have them."""
 
 
-class _About(Frozen):
-    """What a weights file may not say."""
+class StatedNormalization(Frozen):
+    """What images in [0, 1] are put through first, where it is said beside a model's own settings."""
 
-    num_classes: int | None = Field(default=None, ge=2)
-    size: int | None = Field(default=None, ge=1)
-    """Of the images; 32, or 28 for one channel, unless given. Only recorded: the networks take any."""
     normalization: str | None = None
+    """A key of `NORMALIZATION`."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -55,6 +53,14 @@ class _About(Frozen):
             return None
         mean, std = ((values * channels if len(values) == 1 else values) for values in found)
         return mean, std
+
+
+class _About(StatedNormalization):
+    """What a weights file may not say."""
+
+    num_classes: int | None = Field(default=None, ge=2)
+    size: int | None = Field(default=None, ge=1)
+    """Of the images; unless it is given or the network fixes it, the model takes them as they come."""
 
 
 def is_architecture(name: str) -> bool:
@@ -91,6 +97,7 @@ def named_model(name: str, settings: Mapping[str, Any], weights: tuple[Mapping[s
         name, input_shape=(channels, size, size), num_classes=about.num_classes or classes or 0,
         mean=mean, std=std, **_variant(name, tensors) | own,
     )  # fmt: skip
+    model.takes_any_size = about.size is None and not fixes_size(model.network)
     if weights is None:
         return model.eval()
     held = fit(model, tensors, source, f"say what it is, as {name} with other settings")
