@@ -26,7 +26,7 @@ say what other images would give, not what other seeds would.
 """
 PAGES = {
     "digits": (
-        "All methods on the digits",
+        "All published methods on the digits",
         """{seeds} seeds, each with its own split (1,147 images for training, 200 for validation, 450 for the test) and
 its own teachers, a `cnn` of width 32 each, the robust one by `trades`; students are a `cnn` of width 8.
 Every method has the same data, augmentation, epochs, optimiser, schedule and attack steps, and three settings to choose

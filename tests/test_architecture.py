@@ -19,6 +19,7 @@ BASE = (
     "counts",
     "random",
     "io",
+    "machine",
     "registry",
     "provenance",
     "download",

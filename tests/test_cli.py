@@ -651,6 +651,25 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("distill", "--objective", "ard", "--teacher", "no:such", *TINY, *LINF, "--out", "o"),
         "no:such: cannot be imported",
     ),
+    "teacher that has seen the test images": (
+        ("distill", "--objective", "ard", "--teacher", "model", *TINY, *LINF, "--set", "split_seed=1", "--out", "o"),
+        "teacher: was trained on split 0 of digits and has seen test images of split 1; use --set split_seed=0, or a",
+    ),
+    "second teacher that has seen them": (
+        (
+            *("distill", "--objective", "mtard", "--teacher", "no:such", "--second-teacher", "model", *TINY, *LINF),
+            *("--set", "split_seed=1", "--out", "o"),
+        ),
+        "second_teacher: was trained on split 0 of digits and has seen test images of split 1; use --set split_seed=0",
+    ),
+    "classes of the model": (
+        ("train", "--objective", "natural", *TINY, *LINF, "--out", "o", "--set", "model.num_classes=100"),
+        r"model\.num_classes: cannot be set; the data say it, so leave it away",
+    ),
+    "classes of the method": (
+        ("train", "--objective", "trades", *TINY, *LINF, "--out", "o", "--set", "objective.num_classes=100"),
+        r"objective\.num_classes: cannot be set; the data say it, so leave it away",
+    ),
     "no recipe": (("train", "--recipe", "none.yaml"), "none.yaml: cannot be read"),
     "nothing to evaluate": (("evaluate",), "MODEL: name the model to evaluate"),
     "no such model": (("evaluate", "nowhere"), "nowhere: there is no such model"),
@@ -674,6 +693,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "engine": (("evaluate", "model", "--engine", "ref"), "engine: must be own or reference, got 'ref'"),
     "engine without the attack": (("evaluate", "model", "--engine", "reference"), "engine: the reference has AutoAtt"),
     "weights of a folder": (("evaluate", "model", "--weights", "w.pt"), "weights: belong to a model given as package"),
+    "document that is a folder": (
+        ("evaluate", "model", "--attacks", "fgsm", "--out", "empty"),
+        "out: empty is a folder",
+    ),
+    "images that are a folder": (
+        ("evaluate", "model", "--attacks", "fgsm", "--save-adv", "empty"),
+        "save_adv: empty is a folder; name a file in it",
+    ),
     "nothing to compare": (("diff", "a.json", "b.json"), "a.json: cannot be read"),
     "eps of an evaluation": (("evaluate", "model", "--eps", "8"), "write 8/255 and not 8"),
     "norm of an evaluation": (("evaluate", "model", "--norm", "l2"), "the model's eps is for linf; give --eps for l2"),

@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from crdnd import ThreatModel, create_model, load_data
+from crdnd.cli import _jobs as _jobs_module
 from crdnd.cli import compare as compare_module
 from crdnd.cli import main
 from crdnd.cli._grid import Spec, choose, judged, make_grid, what_differs
-from crdnd.cli._jobs import Job, run_jobs
+from crdnd.cli._jobs import Job, run_jobs, side_by_side, threads_for
 from crdnd.cli.compare import _jobs, make_plan, run_plan
 from crdnd.config import build
 from crdnd.counts import Count
@@ -289,6 +290,39 @@ def test_a_failed_job_takes_those_that_need_it_along_and_no_others(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     with pytest.raises(RunError, match=r"^first: it broke$"):
         run_jobs(jobs, processes=1, threads=1, on_step=lambda *_: None, on_done=done.append)
+
+
+def refuses(report, message: str) -> None:
+    raise InputError(message)
+
+
+def breaks(report) -> None:
+    raise KeyError("no such place\nand more")
+
+
+def test_a_job_that_is_refused_or_breaks_loses_no_other_one(tmp_path):
+    jobs = [
+        Job("refused", refuses, ("the teacher is at chance level",)),
+        Job("broken", breaks, ()),
+        Job("good", writes, (tmp_path / "c",)),
+    ]
+    done: list[str] = []
+    failed: dict[str, str] = {}
+    run_jobs(jobs, processes=2, threads=1, on_step=lambda *_: None, on_done=done.append, on_failed=failed.__setitem__)
+    assert done == ["good"]
+    assert failed["refused"] == "the teacher is at chance level"
+    assert failed["broken"].startswith("KeyError: 'no such place")
+    with pytest.raises(InputError, match=r"^refused: the teacher is at chance level$"):
+        run_jobs(jobs, processes=1, threads=1, on_step=lambda *_: None, on_done=done.append)
+
+
+def test_jobs_share_the_cores_and_never_a_gpu(monkeypatch):
+    monkeypatch.setattr(_jobs_module, "cores", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [side_by_side(None, count) for count in (2, 6, 40)] == [2, 6, 6]
+    assert [threads_for(count) for count in (2, 4, 9)] == [3, 1, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [side_by_side(wanted, 40) for wanted in (None, 3)] == [1, 3]
 
 
 def test_a_job_waits_for_the_end_of_one_that_fails(tmp_path):

@@ -218,7 +218,8 @@ def test_a_stopped_demo_leaves_no_process_and_goes_on(number, code, tmp_path, mo
     shown, said = process.communicate()
     assert process.returncode == code
     assert not shown
-    assert said.splitlines()[-1] == "stopped; everything is saved in out. The same command goes on from there."
+    way_on = "The same command, without --fresh, goes on from there."
+    assert said.splitlines()[-1] == f"stopped; everything is saved in out. {way_on}"
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive

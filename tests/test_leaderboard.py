@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from crdnd.counts import Count
-from crdnd.engine.history import Validation
+from crdnd.engine.history import Change, Validation
 from crdnd.errors import InputError
 from crdnd.evaluation.result import Protocol, Row
 from crdnd.report import leaderboard, write_comparison
@@ -203,8 +203,11 @@ def test_notes_name_the_chosen_trial_failures_and_suspicions():
     choice = Choice(objective="ard", student="small", teacher="big", trials=trials, chosen=1)
     document = worked().model_copy(update={"choices": [choice]})
     row = document.cells[0].row.model_copy(update={"verdict": "suspicious because of masking"})
-    document.cells[0] = document.cells[0].model_copy(update={"row": row})
+    change = Change(what="micro_batch", value=64, step=7, why="out of memory")
+    document.cells[0] = document.cells[0].model_copy(update={"row": row, "changes": (change,)})
     said = notes(document)
+    own = "rslad with student small and teacher big, seed 0: changed by its run, "
+    assert own + "micro_batch 64 from step 7 on: out of memory" in said
     assert said[0].startswith('ard with student small and teacher big: trial 1 of 2, {"objective": {"tau": 1}}, was')
     assert "60.0% robust accuracy on validation data; 1 diverged." in said[0]
     assert "rslad with student small and teacher big, seed 0: suspicious because of masking" in said

@@ -18,8 +18,10 @@ from torch import nn
 from crdnd import load_data
 from crdnd.cli import main
 from crdnd.data import ImageData, load_test, read_image, read_images, read_splits, with_classes
+from crdnd.engine.checkpoint import read_checkpoint
 from crdnd.errors import InputError
 from crdnd.evaluation import nearest_adversarial
+from crdnd.models import fitted
 
 torch.set_num_threads(1)
 
@@ -122,6 +124,18 @@ def test_what_a_phone_or_a_scanner_makes_is_an_image(tmp_path):
         pixels = read_image(file, (16, 16), 3)
         assert pixels.shape == (16, 16, 3)
         assert np.abs(pixels.mean((0, 1)) - (200, 60, 30)).max() < 25, file.name
+
+
+@pytest.mark.parametrize("size", [(427, 569), (97, 211), (150, 150), (33, 12), (7, 90), (64, 64), (64, 63)])
+def test_a_photograph_is_scaled_by_the_rule_that_is_inside_exported_files(size, tmp_path):
+    # Smooth, so that a shift by a part of a pixel would be seen, and nothing else.
+    rows, columns = (np.linspace(0, 1, count)[:, None] for count in size)
+    waves = np.stack([np.sin(20 * rows + shift) * np.cos(25 * columns.T + shift) for shift in (0, 1, 2)], axis=2)
+    Image.fromarray((127.5 + 100 * waves).round().astype(np.uint8)).save(tmp_path / "photo.png")
+    whole = torch.from_numpy(read_image(tmp_path / "photo.png").copy()).permute(2, 0, 1)[None].double()
+    expected = 255 * fitted(whole / 255, (3, 64, 64))[0].permute(1, 2, 0)
+    seen = torch.from_numpy(read_image(tmp_path / "photo.png", (64, 64), 3).copy()).double()
+    assert (seen - expected).abs().max() <= 1.5, "two roundings to whole levels"
 
 
 def test_grey_and_colour_become_what_a_model_takes(tmp_path):
@@ -276,6 +290,47 @@ def test_images_alone_make_a_teacher_and_a_student(trained, photos, crdnd):
     assert "2 classes, with 10 (red) to 13 (blue) training images" in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "resnet-18"), "unknown model 'resnet-18'; did you mean 'resnet18'"),
+        (("--model", "no:such"), "no:such: cannot be imported"),
+        (("--set", "ema=2"), "ema: input should be less than 1"),
+        (("--objective", "trades"), "objective trades uses no teacher"),
+        (("--objective", "mtard"), "objective mtard needs a second, naturally trained teacher"),
+        (("--objective", "mtard", "--second-teacher", "nowhere"), "nowhere: there is no such model"),
+        (("--set", "objective.tau=3"), "objective: tau: no such setting"),
+        (("--set", "model.widht=3"), "model cnn: widht: no such setting; did you mean 'width'"),
+        (("--set", "teacher_input=[3, 9, 9]"), "teacher_input: is for a teacher that is given; give --teacher too"),
+        (("--teacher-weights", "w.pt"), "teacher_weights: is for a teacher that is given; give --teacher too"),
+        (("--set", "image_size=64px"), "image_size: must be a whole number of pixels, such as 64, got '64px'"),
+        (("--set", "image_size=0"), "image_size: input should be greater than or equal to 1, got 0"),
+    ],
+)
+def test_what_a_student_cannot_be_is_said_before_its_teacher_is_trained(arguments, message, photos, crdnd, tmp_path):
+    status, out, err = crdnd("distill", "--images", str(photos), *arguments, "--out", "run")
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert "one is trained first" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_shares_all_settings_but_those_that_the_page_says_it_does_not(photos, capsys):
+    from crdnd.cli._images import teacher_of
+    from crdnd.recipe import Recipe
+
+    (sentence,) = re.findall(r"but for the student's own: (.*?)\.", PAGE, re.DOTALL)
+    settings = {field.alias or name for name, field in Recipe.model_fields.items()}
+    own = set(re.findall(r"`(\w+)`", sentence)) - {"teacher"}
+    assert own < settings
+    own |= {"out", *(name for name in settings if "teacher" in name)}
+    given = dict.fromkeys(settings, "given") | {"data": str(photos), "image_size": 16, "out": "runs/mine"}
+    found = teacher_of(given, given)
+    assert {name for name in settings if found.get(name) == given[name]} == settings - own
+    assert (found["out"], found["role"], found["objective"]) == ("runs/mine-teacher", "teacher", "trades")
+
+
 def test_what_the_user_gives_wins_and_the_rest_is_chosen(photos):
     from crdnd.cli._images import with_defaults
 
@@ -324,10 +379,14 @@ def test_a_folder_without_test_images_is_not_said_to_measure_the_model(tmp_path,
     status, out, err = crdnd("train", "--images", "photos/train", *options, "--out", "r")
     assert status == 0, err
     assert "photos/train has no test/, so nothing in it can measure the model" in err
-    assert "images that it was not trained on: crdnd evaluate r --data FOLDER" in out
+    assert "images that it was not trained on: crdnd evaluate r --data PATH" in out
     status, out, err = crdnd("train", "--images", "photos", *options, "--out", "s")
     assert "has no test/" not in err
     assert "on test data: crdnd evaluate s --data photos" in out
+    for run, data, said in (("r", "photos/train", True), ("s", "photos", False)):
+        status, out, err = crdnd("evaluate", run, "--data", data, "--attacks", "fgsm", "--json")
+        assert (status, "holds no test images, and the model was trained on what it holds" in err) == (0, said)
+        assert json.loads(out)["protocol"]["split"] == ("training" if said else "test")
 
 
 def test_imbalanced_classes_are_reported(tmp_path, crdnd):
@@ -356,6 +415,15 @@ def test_a_test_folder_is_brought_to_the_model_and_its_classes_go_by_name(traine
     status, _, err = crdnd(*command)
     assert status == 2
     assert "was trained on data called 'my photos'; say where with --data" in err
+
+
+def test_a_teacher_of_photographs_is_measured_on_them(trained, photos, crdnd):
+    teacher = Path(f"{trained}-teacher")
+    status, out, err = crdnd("check-teacher", str(teacher), "--data", str(photos), "--json")
+    assert (status, err) == (0, "")
+    saved = read_checkpoint(teacher)
+    found = saved.history[saved.best_epoch - 1].validation.clean
+    assert json.loads(out)["natural"] == found.model_dump(), "the same images, at the size that it was trained at"
 
 
 # Prediction

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crdnd import ImageData, InputError, Splits, ThreatModel, create_model, distill, train
+from crdnd.engine.run import make_objective
+from crdnd.engine.settings import TrainSettings
 from crdnd.engine.step import Step
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
 from crdnd.losses import gradient_match, kl, repaired
@@ -86,14 +88,14 @@ def test_gradient_match_is_the_divergence_of_the_differences():
 
 def test_igdm_adds_its_term_at_the_mirrored_point_and_grows_with_the_run():
     student, teacher, x = Recorder(TinyNet(seed=1)), Recorder(TinyNet(seed=2)), images(BATCH)
-    objective = load_objective("ard")(CLASSES)
+    objective = load_objective("ard")(CLASSES, loss_scale=0.5)
     plain, _ = Step(student, teacher, objective, objective.attack, THREAT)(x, LABELS, stream(), 0.25)
     terms, _ = Step(student, teacher, objective, objective.attack, THREAT, igdm=8.0)(x, LABELS, stream(), 0.25)
     assert terms.terms.keys() - plain.terms.keys() == {"igdm"}
     x_adv, mirror = student.inputs[-2:]
     assert torch.equal(mirror, 2 * x - x_adv)
     s, t = student.model, teacher.model
-    expected = 8.0 * 0.25 * gradient_match(t(x_adv), t(mirror), s(x_adv), s(mirror))
+    expected = 0.5 * 8.0 * 0.25 * gradient_match(t(x_adv), t(mirror), s(x_adv), s(mirror))
     torch.testing.assert_close(terms.terms["igdm"], expected, rtol=1e-12, atol=0)
     for name, term in plain.terms.items():
         torch.testing.assert_close(terms.terms[name], term, rtol=1e-12, atol=0)
@@ -107,6 +109,17 @@ def test_igdm_and_repair_without_a_teacher_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             train(cnn(), splits(), out=tmp_path / "run", **settings(**changes))
+
+
+@pytest.mark.parametrize("name", ["crdnd", "crdnd_plus", "iad", "iad2", "adaiad", "saad"])
+def test_repair_is_refused_where_the_method_looks_at_the_teachers_errors_itself(name):
+    with pytest.raises(InputError, match=f"repair: objective {name} takes account"):
+        make_objective(TrainSettings(objective=name, threat=THREAT, repair=True), 3, teachers=1 + (name == "iad2"))
+
+
+def test_repair_is_refused_beside_igdm_whose_slopes_it_would_break():
+    with pytest.raises(InputError, match="repair: igdm matches how"):
+        make_objective(TrainSettings(objective="rslad", threat=THREAT, repair=True, igdm=1.0), 3, teachers=1)
 
 
 def test_igdm_gives_a_method_without_a_teacher_one(tmp_path):

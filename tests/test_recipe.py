@@ -22,6 +22,8 @@ def recipe(out: Path | str = "o", **changes: Any) -> Recipe:
         "batch_size": 300,
         "out": str(out),
     }
+    if "name" in changes.get("model", {}):
+        del values["model"]  # another network has other settings
     return make_recipe(merge(values, changes))
 
 
@@ -32,6 +34,15 @@ def test_a_recipe_is_the_settings_of_a_run_with_names_for_the_rest():
     }  # fmt: skip
     assert recipe(objective="crdnd").objective == recipe(objective={"name": "crdnd"}).objective
     assert recipe().threat.eps == 8 / 255
+
+
+def test_a_model_is_written_with_its_settings_as_options_write_them():
+    for model in ({"name": "cnn,width=3"}, {"name": "cnn,width=8", "width": 3}):
+        assert recipe(model=model).model == recipe(model={"name": "cnn", "width": 3}).model
+    values = recipe().model_dump(mode="json", by_alias=True) | {"model": "cnn,width=3"}
+    assert make_recipe(values).model == recipe(model={"name": "cnn", "width": 3}).model
+    with pytest.raises(InputError, match=r"model cnn,width: write it as cnn, or with settings as cnn,width=8"):
+        recipe(model={"name": "cnn,width"})
 
 
 def test_a_recipe_survives_its_own_dump():
@@ -167,6 +178,90 @@ def test_a_model_may_be_the_users_own_factory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     run = recipe(tmp_path / "run", model={"name": "ownnets:flat"}).run()
     assert [type(module).__name__ for module in run.model] == ["Flatten", "Linear"]
+
+
+def factories(tmp_path, monkeypatch) -> str:
+    (tmp_path / "drawnnets.py").write_text(
+        "from torch import nn\n"
+        "def drawn():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    return "drawnnets:drawn"
+
+
+def test_a_factory_draws_its_weights_by_the_seed_of_the_run_and_nothing_else(tmp_path, monkeypatch):
+    name, digits = factories(tmp_path, monkeypatch), load_data("digits")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    built = [
+        recipe(tmp_path, model={"name": name}, **seeds).build_model(digits)[1].weight
+        for seeds in ({"seed": 3}, {"seed": 3}, {"seed": 0, "seeds": {"init": 3}}, {"seed": 4})
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(built[0], built[1])
+    assert torch.equal(built[0], built[2])
+    assert not torch.equal(built[0], built[3])
+
+
+def test_settings_beside_a_factory_are_refused_because_nobody_would_read_them(tmp_path, monkeypatch):
+    name, digits = factories(tmp_path, monkeypatch), load_data("digits")
+    for own, key in (({"width": 8, "typo": 1}, "width"), ({"normalization": "cifar10"}, "normalization")):
+        with pytest.raises(InputError, match=f"^model.{key}: drawnnets:drawn is called without settings, so it would"):
+            recipe(model={"name": name} | own).build_model(digits)
+    # What shipped recipes say of their model is true of a factory's, which sees the images as they are.
+    assert len(recipe(model={"name": name, "normalization": "none"}).build_model(digits)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("model.num_classes", 100, "the data say it, so leave it away"),
+        ("model.input_shape", [1, 8, 8], "the data say it, .* image_size"),
+        ("model.seed", 3, "write seeds.init"),
+        ("objective.num_classes", 100, "the data say it, so leave it away"),
+        ("objective.sizes", 1, "the networks say them, so leave it away"),
+    ],
+)
+def test_what_the_run_hands_to_a_model_or_a_method_is_refused_as_a_setting(key, value, instead):
+    part, _, own = key.partition(".")
+    with pytest.raises(InputError, match=f"^{key}: cannot be set; {instead}"):
+        recipe(**{part: {own: value}}).build_model(load_data("digits"))
+
+
+@pytest.mark.parametrize(
+    ("own", "mean", "std"),
+    [
+        ({"normalization": "none"}, [0.0], [1.0]),
+        ({"normalization": "mnist"}, [0.1307], [0.3081]),
+        ({"mean": [0.3], "std": [0.4]}, [0.3], [0.4]),
+        ({"normalization": None}, None, None),
+    ],
+)
+def test_a_model_is_behind_the_normalisation_that_is_stated(own, mean, std):
+    digits = load_data("digits")
+    model = recipe(model=own).build_model(digits).eval()
+    if mean is None:
+        mean, std = ([round(value, 4) for value in values] for values in digits.train.mean_and_std())
+    assert model.architecture.settings == {"width": 2}
+    x = digits.train.x[:5]
+    expected = model.network((x - torch.tensor(mean)) / torch.tensor(std))
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"normalization": "cifar"}, "model cnn: normalization: no such one 'cifar'; did you mean 'cifar10'"),
+        ({"mean": [0.5]}, "model cnn: mean and std are given together"),
+        ({"normalization": "none", "mean": [0.5], "std": [0.5]}, "model cnn: give normalization, or mean and std"),
+        ({"normalization": "cifar10"}, "model cnn: mean has 3 values for 1 channels"),
+        ({"mean": "a", "std": [1.0]}, "model cnn: mean: input should be a valid tuple, got 'a'"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(own, message):
+    with pytest.raises(InputError, match=message):
+        recipe(model=own).build_model(load_data("digits"))
 
 
 def test_settings_of_an_architecture_are_checked():

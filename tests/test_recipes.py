@@ -48,7 +48,7 @@ def test_a_recipe_is_what_its_name_says_and_builds_its_method(name):
     made = recipe(name)
     assert (made.objective.name, made.data) == (method, data)
     assert made.model.name == model.removesuffix("_34_10")
-    assert made.model.settings == MODELS[model]
+    assert made.model.settings == MODELS[model] | {"normalization": "none"}, "as in the sources' codes"
     assert made.role == ("teacher" if model.startswith("wrn") else "student")
     kind = load_objective(method)
     teachers = needs_teacher(kind, kind.attack) + needs_second_teacher(kind)
@@ -197,6 +197,8 @@ def test_a_run_of_a_shipped_recipe_takes_what_options_change(tmp_path, capsys):
     assert settings["optimizer"]["weight_decay"] == 2e-4
     assert settings["schedule"]["milestones"] == [215 / 300, 260 / 300, 285 / 300]
     assert settings["epochs"] == 1
+    architecture = json.loads((out / "model.json").read_text())["architecture"]
+    assert (architecture["mean"], architecture["std"]) == ([0.0], [1.0]), "another network sees them in [0, 1] too"
 
 
 def _teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:

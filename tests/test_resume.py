@@ -54,7 +54,6 @@ OWN: dict[str, dict[str, Any]] = {
         "attack": {"steps": 2, "restarts": 2, "eps_warmup": 0.4},
         "swa": 0.3,
         "awp": {"gamma": 0.01, "warmup": 0.2},
-        "igdm": 2.0,
         "repair": True,
     },
     "crdnd": {
@@ -62,6 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adamw", "learning_rate": 0.01},
         "schedule": {"warmup": 0.3},
         "ema": 0.8,
+        "igdm": 2.0,
         "clip_grad_norm": 0.5,
         "validate_every": 2,
         "save_every_steps": 2,
@@ -350,9 +350,12 @@ def test_a_signal_ends_a_run_after_its_step_is_saved(number, code, alone, tmp_pa
     assert same(out, alone["crdnd"])
 
 
-def test_a_signal_during_the_last_step_lets_the_run_finish(alone, tmp_path):
-    go("ard", tmp_path / "run", signal_at(STEPS - 1, signal.SIGINT))
+def test_a_signal_during_the_last_step_lets_the_run_finish_and_nothing_begin_after_it(alone, tmp_path):
+    with pytest.raises(Interrupted, match=r"^stopped; the run in .* is finished\.$") as stop:
+        go("ard", tmp_path / "run", signal_at(STEPS - 1, signal.SIGINT))
+    assert stop.value.exit_code == 130
     assert same(tmp_path / "run", alone["ard"])
+    assert go("ard", tmp_path / "run").reused
 
 
 class LateRequest:
@@ -422,8 +425,8 @@ def test_a_stopped_command_says_how_to_go_on(number, code, tmp_path, monkeypatch
     shown, said = capsys.readouterr()
     assert ended.value.code == code
     assert not shown
-    message = f"stopped at step 3 of 240; everything is saved in {out}. The same command goes on from there."
-    assert said.splitlines()[-1] == message
+    way_on = "The same command, without --fresh, goes on from there."
+    assert said.splitlines()[-1] == f"stopped at step 3 of 240; everything is saved in {out}. {way_on}"
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,18 @@ def test_a_setting_that_was_given_as_what_it_is_by_default_is_no_change(tmp_path
     assert train(cnn(), splits(), out=tmp_path / "run", **again).reused
 
 
+def test_another_normalisation_is_refused_where_the_run_says_what_it_had(tmp_path):
+    out, other = tmp_path / "run", {"mean": [0.3] * SHAPE[0], "std": [0.2] * SHAPE[0]}
+    train(cnn(), splits(), out=out, **settings())
+    another = create_model("cnn", input_shape=SHAPE, num_classes=CLASSES, width=2, **other)
+    with pytest.raises(InputError, match=r"normalization: mean \[0\.0.* -> mean \[0\.3"):
+        train(another, splits(), out=out, **settings())
+    document = json.loads((out / "run.json").read_text())
+    del document["identity"]["normalization"]  # as in runs of earlier versions
+    (out / "run.json").write_text(json.dumps(document))
+    assert train(cnn(), splits(), out=out, **settings()).reused
+
+
 def test_another_teacher_is_refused(tmp_path):
     common = settings(objective="rslad", attack={"steps": 1})
     distill(cnn(), splits(), teacher=cnn(seed=1), out=tmp_path / "run", **common)
@@ -269,6 +281,33 @@ def test_fresh_with_a_mistake_moves_nothing(tmp_path):
     for mistake in ({"objective": "natrual"}, {"epochs": 0}, {"objective": "rslad"}, {"trackers": ("nope",)}):
         with pytest.raises(InputError):
             train(cnn(), splits(), out=tmp_path / "run", fresh=True, **settings() | mistake)
+    assert content(tmp_path) == before
+
+
+def test_fresh_moves_only_what_a_run_has_made(tmp_path):
+    (tmp_path / "run.yaml").write_text("mine")
+    (tmp_path / "other").mkdir()
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"this folder holds something else \(none of .*run\.json\).*another --out"):
+        train(cnn(), splits(), out=tmp_path, fresh=True, **settings())
+    assert {name: value for name, value in content(tmp_path).items() if not name.endswith(".lock")} == before
+
+
+def test_fresh_in_the_folder_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for _ in range(2):
+        train(cnn(), splits(), out=".", fresh=True, **settings())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old-1"]
+
+
+def test_a_model_that_no_run_here_has_made_is_not_written_over(tmp_path):
+    train(cnn(), splits(), out=tmp_path / "run", **settings())
+    for name in ("run.json", "checkpoint.json"):
+        (tmp_path / "run" / name).unlink()
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"holds a model and not the run that made it.*--fresh.*--out"):
+        train(cnn(), splits(), out=tmp_path / "run", **settings(seed=1))
     assert content(tmp_path) == before
 
 

@@ -492,6 +492,15 @@ def test_check_teacher_measures_both_accuracies_and_trains_nothing(crdnd, digits
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("eps", "said"), [("0.1", False), ("0.2", True)])
+def test_a_teacher_for_another_threat_model_is_mentioned(eps, said, crdnd, digits_teacher):
+    student = ["--model", "cnn,width=2", "--epochs", "1", "--set", "attack.steps=1", "--eps", eps, "--out", "student"]
+    status, _, err = crdnd("distill", "--objective", "ard", "--teacher", str(digits_teacher.folder), *student)
+    assert status == 0
+    warning = "warning: the teacher was trained for linf eps=0.1, the student is for linf eps=0.2"
+    assert (warning in err) == said
+
+
 def test_check_teacher_tells_people(crdnd, digits_teacher):
     status, out, _ = crdnd("check-teacher", str(digits_teacher.folder))
     assert status == 0

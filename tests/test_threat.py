@@ -347,6 +347,18 @@ def test_eps_is_read_as_people_write_it(written, value):
     assert build(ThreatModel, {"norm": "linf", "eps": written}).eps == value
 
 
+def test_an_l2_radius_that_makes_every_image_grey_is_meant_in_levels():
+    shape = (3, 4, 12)  # whose half diagonal is 6
+    grey = torch.full((2, *shape), 0.5)
+    furthest = (torch.rand(2, *shape, generator=generator()) > 0.5).float()
+    assert (ThreatModel(norm="l2", eps=1).distance(grey, furthest) <= 6).all()
+    ThreatModel(norm="l2", eps=5.9).check_for(shape)
+    ThreatModel(norm="linf", eps=0.9).check_for(shape)
+    for eps in (6, 128):
+        with pytest.raises(InputError, match=rf"threat\.eps: l2 eps={eps} makes any .* grey .*write {eps}/255"):
+            ThreatModel(norm="l2", eps=eps).check_for(shape)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

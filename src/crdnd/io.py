@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,21 @@ def check_room(folder: Path, size: int, what: str) -> None:
             probe.unlink()
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Move everything but the lock into `<folder>.old-<n>`, and say where that is; None where there was nothing."""
+def move_aside(folder: Path, marks: Collection[str]) -> Path | None:
+    """Move everything but the lock into `<folder>.old-<n>`, and say where that is; None where there was nothing.
+
+    Raises:
+        InputError: the folder holds something, and no file by which what belongs here is known.
+    """
+    folder = folder.resolve()
     content = [path for path in folder.iterdir() if path.name != LOCK]
     if not content:
         return None
+    if not any((folder / name).exists() for name in marks):
+        raise InputError(
+            f"{folder}: --fresh moves an old run aside, and this folder holds something else (none of "
+            f"{', '.join(sorted(marks))}); choose another --out."
+        )
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -192,7 +202,7 @@ def cannot_write(path: Path, error: OSError) -> RunError | InputError:
     """The error for a path that cannot be written: the machine's when the disk is full, else the caller's."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError(f"{path}: the disk is full; what was saved before is untouched. Free space and run again.")
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place.")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,16 +6,28 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from crdnd.config import build
 from crdnd.data import Splits, load_data, with_wrong_labels
 from crdnd.engine import Listener, Named, Run, TrainSettings, distill, train
 from crdnd.errors import InputError
-from crdnd.models import TIMM, create_model, resolve_model
+from crdnd.models import NORMALIZATION, TIMM, StatedNormalization, create_model, parse_spec, resolve_model, seeded
 from crdnd.recipes import recipe_text
 
 SCHEMA = "crdnd.recipe/1"
+OF_THE_RUN = {
+    "model": {
+        "num_classes": "the data say it, so leave it away",
+        "input_shape": "the data say it, so leave it away; a folder of images is brought to a size by image_size",
+        "seed": "write seeds.init, which is that of the initial weights",
+    },
+    "objective": {
+        "num_classes": "the data say it, so leave it away",
+        "sizes": "the networks say them, so leave it away",
+    },
+}
+"""What the run itself hands to a model and a method, and so nobody else can."""
 
 
 class Recipe(TrainSettings):
@@ -34,7 +46,11 @@ class Recipe(TrainSettings):
         description="Share of the training labels that are replaced by another class, drawn by split_seed: to study "
         "teachers that err.",
     )
-    model: Named = Field(description="An architecture with its settings, timm:NAME, or package.module:factory.")
+    model: Named = Field(
+        description="An architecture with its settings, timm:NAME, or package.module:factory. Images are normalised by "
+        "the mean and std of the training data, or by what timm has for the model, unless model.normalization "
+        f"({', '.join(NORMALIZATION)}) or model.mean and model.std say otherwise."
+    )
     teacher: str | None = Field(
         default=None,
         description="A run or model folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:OWNER/NAME, "
@@ -51,6 +67,21 @@ class Recipe(TrainSettings):
         default="student", description="What the model's card and the result tables call it."
     )
     out: str = Field(description="The run's folder.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _from_spec(cls, value: Any) -> Any:
+        """`cnn,width=8`, as other options write it."""
+        values = {"name": value} if isinstance(value, str) else value
+        if not isinstance(values, Mapping) or "," not in str(values.get("name")):
+            return values
+        name, own = parse_spec(str(values["name"]), "model")
+        return {**own, **values, "name": name}
+
+    @model_validator(mode="after")
+    def _leaves_the_run_its_own(self) -> "Recipe":
+        _check_settable("objective", self.objective)
+        return self
 
     def run(self, *, fresh: bool = False, listener: Listener | None = None) -> Run:
         """Do it, or go on with it, or return it if it is done."""
@@ -78,21 +109,37 @@ class Recipe(TrainSettings):
 
     def build_model(self, splits: Splits) -> Any:
         """The untrained network, made for the images and classes of this data."""
-        if ":" in self.model.name and not self.model.name.startswith(TIMM):
-            return resolve_model(self.model.name)
+        _check_settable("model", self.model)  # here, where architectures of other commands pass too
+        name, own, seed = self.model.name, self.model.settings, self.seed_for("init")
+        if ":" in name and not name.startswith(TIMM):
+            lost = [key for key, value in own.items() if (key, value) != ("normalization", "none")]
+            if lost:
+                raise InputError(
+                    f"model.{lost[0]}: {name} is called without settings, so it would be lost; write a factory with it."
+                )
+            with seeded(seed):
+                return resolve_model(name)
         channels, height, width = splits.train.shape
-        of_data: dict[str, Any] = {}
-        if not self.model.name.startswith(TIMM):  # whose models know the normalisation that their weights want
-            mean, std = splits.train.mean_and_std()
-            of_data = {"mean": [round(value, 4) for value in mean], "std": [round(value, 4) for value in std]}
+        stated = {key: own.pop(key) for key in StatedNormalization.model_fields if key in own}
+        mean, std = build(StatedNormalization, stated, f"model {name}").normalized(name, channels) or (None, None)
+        if mean is None and not name.startswith(TIMM):  # whose models know the normalisation that their weights want
+            mean, std = ([round(value, 4) for value in values] for values in splits.train.mean_and_std())
         return create_model(
-            self.model.name,
+            name,
             input_shape=(channels, height, width),
             num_classes=splits.train.num_classes,
-            seed=self.seed_for("init"),
-            **of_data,
-            **self.model.settings,
+            mean=mean,
+            std=std,
+            seed=seed,
+            **own,
         )
+
+
+def _check_settable(part: str, named: Named) -> None:
+    """Refuse settings of a model or a method that the run hands to it."""
+    for key, instead in OF_THE_RUN[part].items():
+        if key in named.settings:
+            raise InputError(f"{part}.{key}: cannot be set; {instead}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The threat model: which inputs an adversary may hand in. The only place that reads eps."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from crdnd.config import Frozen, parse_number
+from crdnd.errors import InputError
 from crdnd.random import Stream
 
 Norm = Literal["linf", "l2"]
@@ -38,6 +40,18 @@ class ThreatModel(Frozen):
                 f"so write {self.eps:g}/255 and not {self.eps:g}."
             )
         return self
+
+    def check_for(self, shape: Sequence[int]) -> None:
+        """Refuse an l2 radius within which every image of a shape (C, H, W) can be made grey: it is one of 255 levels.
+
+        Raises:
+            InputError: eps is that large.
+        """
+        if self.norm == "l2" and self.eps >= (most := math.sqrt(math.prod(shape)) / 2):
+            raise InputError(
+                f"threat.eps: l2 eps={self.eps:g} makes any image of shape {list(shape)} grey (from {most:.3g} on); "
+                f"eps is in units of [0, 1], so write {self.eps:g}/255 and not {self.eps:g}."
+            )
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """||a - b||_p for each sample. (B, ...), (B, ...) -> (B,)."""

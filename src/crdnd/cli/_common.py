@@ -68,7 +68,10 @@ DataDirOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Architecture of `crdnd list models`, timm:NAME, or package.module:factory."),
+    typer.Option(
+        "--model",
+        help="Architecture of `crdnd list models`, with settings as cnn,width=8; timm:NAME, or package.module:factory.",
+    ),
 ]
 MODEL_FORMS = (
     "Run or model folder, .safetensors, .pt2, .onnx, URL#sha256=..., hf:OWNER/NAME, robustbench:NAME, an architecture "
@@ -77,6 +80,9 @@ MODEL_FORMS = (
 """What `crdnd.models.resolve_model` takes, on one line."""
 WEIGHTS = "For an architecture or a factory: its weights, a .safetensors, a weights-only .pt, or URL#sha256=..."
 WeightsOption = Annotated[str | None, typer.Option("--weights", help=WEIGHTS)]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core, with a GPU one alone.")
+]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help=MODEL_FORMS)]
 TeacherWeightsOption = Annotated[str | None, typer.Option("--teacher-weights", help=WEIGHTS)]
 SecondTeacherOption = Annotated[
@@ -162,7 +168,7 @@ def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
         if not is_at_hand(card.data):
             raise InputError(f"data: the model was trained on data called {card.data!r}; say where with --data PATH.")
         values["data"] = card.data
-    if values["data"] == card.data:
+    if was_trained_on(card, values["data"]):
         values.setdefault("split_seed", card.split_seed)
     threat = values.get("threat", {})
     if not isinstance(threat, dict):
@@ -176,19 +182,18 @@ def fill_from_card(values: dict[str, Any], card: "ModelCard") -> None:
         raise InputError("threat: this model does not say what it was trained to withstand; give --eps.")
 
 
+def was_trained_on(card: "ModelCard", data: Any) -> bool:
+    """Whether these are the data of a model's card, which has what they were called and not their path."""
+    from crdnd.data import name_of
+
+    return bool(card.data) and card.data in (data, name_of(Path(str(data))) if Path(str(data)).exists() else data)
+
+
 def is_at_hand(data: str) -> bool:
     """Whether data of this name can be asked for: a card has no path, only what the data were called."""
     from crdnd.data import PREFIX, data_names
 
     return bool(data) and (data in data_names() or data.startswith(PREFIX) or Path(data).exists())
-
-
-def shape_for(network: "nn.Module", card: "ModelCard") -> tuple[int, int, int] | None:
-    """The (C, H, W) that a folder's images are brought to for a model; None leaves them as they are."""
-    from crdnd.models import Normalized, input_shape
-
-    # Of an architecture that is given by name the size is only recorded.
-    return None if card.architecture is None and isinstance(network, Normalized) else input_shape(network)
 
 
 def print_json(document: str | dict[str, Any]) -> None:

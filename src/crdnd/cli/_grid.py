@@ -8,15 +8,13 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
-from crdnd.cli._common import card_of
-from crdnd.cli._runs import uses_teacher
+from crdnd.cli._runs import check_run, split_seen, uses_teacher
 from crdnd.config import Frozen
 from crdnd.counts import Count
-from crdnd.data import Splits, data_names, load_info
-from crdnd.engine import Validation, make_objective
+from crdnd.data import Splits
+from crdnd.engine import Validation
 from crdnd.engine.settings import differences
 from crdnd.errors import InputError, did_you_mean
-from crdnd.objectives import Sizes
 from crdnd.recipe import Recipe, make_recipe, merge
 from crdnd.report.comparison import NO_TEACHER, Trial, cell_name
 
@@ -245,13 +243,11 @@ def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     """A teacher that exists is there, and has not seen the test images of its students."""
     if not Path(source).exists() and ":" not in source and "," not in source:
         raise InputError(f"teachers.{name}: {source}: there is no such model.")
-    card = card_of(source)
-    if card is None or card.data != data or card.split_seed == split_seed:
-        return
-    if card.data in data_names() and load_info(card.data).draws_test:
+    seen = split_seen(source, None, data, split_seed)
+    if seen is not None:
         raise InputError(
-            f"teachers.{name}: was trained on split {card.split_seed} of {data} and has seen test images of split "
-            f"{split_seed}; write splits: fixed and shared: {{split_seed: {card.split_seed}}}, or have it trained here."
+            f"teachers.{name}: was trained on split {seen} of {data} and has seen test images of split {split_seed}; "
+            f"write splits: fixed and shared: {{split_seed: {seen}}}, or have it trained here."
         )
 
 
@@ -271,10 +267,7 @@ def _check_runs(grid: Grid) -> None:
             data = run.data, run.split_seed, run.image_size
             splits = loaded[data] = loaded[data] if data in loaded else run.load_data()
             try:
-                run.build_model(splits)
-                sizes = Sizes(student_features=1, teacher_features=1, samples=len(splits.train))
-                teachers = sum(teacher is not None for teacher in (run.teacher, run.second_teacher))
-                make_objective(run, splits.train.num_classes, teachers=teachers, sizes=sizes)
+                check_run(run, splits)
             except InputError as error:
                 raise InputError(f"{Path(run.out).parent.as_posix()}: {error}") from None
 

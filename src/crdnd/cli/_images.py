@@ -8,7 +8,7 @@ from typing import Any, Literal
 from crdnd.errors import InputError
 
 TEACHER_OBJECTIVE, STUDENT_OBJECTIVE = "trades", "rslad"
-"""The methods of `--images`: TRADES needs no teacher, and RSLAD is among the best under AutoAttack and has no dial."""
+"""The methods of `--images`: TRADES needs no teacher, and RSLAD runs with its paper's settings, whatever the data."""
 EPS = {"linf": "8/255", "l2": 0.5}
 """What is hard to see in a photograph, and what the field measures at."""
 LARGEST = 64
@@ -20,11 +20,10 @@ IMAGES_SEEN, EPOCHS = 2_000_000, (30, 100)
 LOOKED_AT = 1000
 """Files whose heads are read to learn how large the images are."""
 
-# Settings of a student's run that its teacher's run shares.
-SHARED = (
-    "data", "split_seed", "image_size", "threat", "epochs", "batch_size", "micro_batch", "optimizer", "schedule",
-    "clip_grad_norm", "on_nan", "augmentation", "precision", "tf32", "deterministic", "levers", "seed", "seeds",
-    "save_every_steps", "trackers",
+# Settings of a student's run that its teacher's run does not share: the student's own, and those of its teachers.
+STUDENTS_OWN = (
+    "model", "objective", "attack", "role", "out", "teacher", "teacher_weights", "second_teacher",
+    "second_teacher_weights", "check_teacher", "teacher_input", "shard_teacher", "igdm", "repair",
 )  # fmt: skip
 
 
@@ -40,6 +39,8 @@ def with_defaults(settings: Mapping[str, Any], role: Literal["teacher", "student
     folder = Path(str(settings["data"]))
     count, side, grey = _look(folder)
     size = settings.get("image_size") or min(side, LARGEST)
+    if not isinstance(size, int):
+        raise InputError(f"image_size: must be a whole number of pixels, such as 64, got {size!r}.")
     teaches = role == "teacher"
     if count >= MANY:
         model: dict[str, Any] = {"name": "resnet18" if teaches else "mobilenet_v2"}
@@ -80,6 +81,11 @@ def with_defaults(settings: Mapping[str, Any], role: Literal["teacher", "student
     return filled
 
 
+def teacher_folder(settings: Mapping[str, Any]) -> str:
+    """Where the teacher of such a student's run is trained: beside it."""
+    return f"{str(settings['out']).rstrip('/')}-teacher"
+
+
 def teacher_of(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the teacher that a student's run needs first, which is said; its run lies beside the student's.
 
@@ -87,8 +93,8 @@ def teacher_of(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         settings: of the student, complete.
         given: what the user gave of them.
     """
-    own = {key: given[key] for key in SHARED if key in given}
-    out = f"{str(settings['out']).rstrip('/')}-teacher"
+    own = {key: value for key, value in given.items() if key not in STUDENTS_OWN}
+    out = teacher_folder(settings)
     print(f"no --teacher was given, so one is trained first, in {out}", file=sys.stderr)
     return with_defaults(own | {"out": out}, "teacher")
 

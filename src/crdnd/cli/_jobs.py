@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import sys
 import time
@@ -15,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from crdnd.engine.signals import stop_requests
-from crdnd.errors import InputError, Interrupted, RunError
+from crdnd.errors import InputError, Interrupted, RunError, first_line
+from crdnd.machine import cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def run_jobs(
         threads: torch threads of each process.
         on_step: called with (name, steps done, steps in all).
         on_done: called with the name of a job that is done.
-        on_failed: called with the name of a job that ended in a RunError and with why, and so for every job that had
+        on_failed: called with the name of a job that failed or was refused and with why, and so for every job that had
             to come after it; the others go on. Without it such an end stops all.
 
     Raises:
@@ -101,9 +101,9 @@ def run_jobs(
                 running.remove(entry)
                 try:
                     _join(entry)
-                except RunError as error:
+                except (InputError, RunError) as error:
                     if on_failed is None:
-                        raise RunError(f"{entry.job.name}: {error}") from None
+                        raise type(error)(f"{entry.job.name}: {error}") from None
                     waiting = _without(waiting, entry.job.name, str(error), on_failed)
                     continue
                 done.add(entry.job.name)
@@ -131,6 +131,9 @@ def _work(job: Job, sender: Connection, threads: int) -> None:
         sender.send(("refused", str(error)))
     except RunError as error:
         sender.send(("failed", str(error)))
+    except BaseException as error:
+        sender.send(("failed", f"{type(error).__name__}: {first_line(error)}"))
+        raise  # the traceback goes to standard error
     finally:
         sender.close()
         logging.shutdown()
@@ -161,7 +164,7 @@ def _join(entry: _Running) -> None:
         case ("stopped", int(exit_code)):
             raise Interrupted("", exit_code)
         case ("refused", message):
-            raise InputError(f"{entry.job.name}: {message}")
+            raise InputError(message)
         case ("failed", message):
             raise RunError(message)
         case _:
@@ -228,9 +231,16 @@ def showing_jobs(names: Sequence[str], reused: Sequence[str] = ()) -> Generator[
         yield Display(names, reused, bars, console)
 
 
-def cores_for(processes: int) -> int:
+def side_by_side(wanted: int | None, jobs: int) -> int:
+    """How many jobs run at once: those wanted, else one a core, or one where they would share the memory of a GPU."""
+    import torch
+
+    return wanted or (1 if torch.cuda.is_available() else min(cores(), jobs))
+
+
+def threads_for(processes: int) -> int:
     """Torch threads of each of so many processes that share this machine."""
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, cores() // processes)
 
 
 @contextmanager

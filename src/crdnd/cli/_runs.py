@@ -1,4 +1,4 @@
-"""What `crdnd demo` and `crdnd compare` share: runs from recipes, and the evaluations in their folders."""
+"""What commands that make runs share: recipes looked at before anything is trained, and the evaluations of runs."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from crdnd.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
-    from crdnd.data import ImageData
+    from crdnd.data import ImageData, Splits
     from crdnd.evaluation import Results
     from crdnd.recipe import Recipe
 
@@ -25,6 +25,35 @@ def uses_teacher(layers: Mapping[str, Any], where: str = "") -> bool:
     return layers.get("igdm") is not None or needs_teacher(
         method, method.attack and method.attack.model_copy(update=changes.model_dump(exclude_none=True))
     )
+
+
+def check_run(recipe: "Recipe", splits: "Splits") -> None:
+    """Refuse settings that only a run itself would refuse; for what is not to be found out after hours."""
+    from crdnd.engine import check_model, make_objective
+    from crdnd.objectives import Sizes
+
+    check_model(recipe.build_model(splits), splits.train, "model")
+    sizes = Sizes(student_features=1, teacher_features=1, samples=len(splits.train))
+    teachers = sum(teacher is not None for teacher in (recipe.teacher, recipe.second_teacher))
+    make_objective(recipe, splits.train.num_classes, teachers=teachers, sizes=sizes)
+
+
+def split_seen(teacher: str, weights: str | None, data: Any, split_seed: Any) -> int | None:
+    """The split that a teacher was trained on, if test images of its student are among that; else None.
+
+    Args:
+        teacher: as for `resolve_model`.
+        weights: likewise; a teacher that these belong to does not say what it was trained on.
+        data: of the student; only sets that draw their test images have other ones in another split.
+        split_seed: of the student.
+    """
+    from crdnd.cli._common import card_of
+    from crdnd.data import data_names, load_info
+
+    card = card_of(teacher, weights)
+    if card is None or card.data != data or card.split_seed == split_seed or card.data not in data_names():
+        return None
+    return card.split_seed if load_info(card.data).draws_test else None
 
 
 def held_out_images(recipe: "Recipe", n: int | None = None) -> "ImageData":
@@ -67,5 +96,5 @@ def saved_in(out: Path) -> Generator[None]:
     try:
         yield
     except Interrupted as error:
-        message = f"stopped; everything is saved in {out}. The same command goes on from there."
+        message = f"stopped; everything is saved in {out}. The same command, without --fresh, goes on from there."
         raise Interrupted(message, error.exit_code) from None

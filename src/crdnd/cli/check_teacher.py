@@ -15,6 +15,7 @@ from crdnd.cli._common import (
     card_of,
     given,
     print_json,
+    was_trained_on,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def check_teacher_command(
     from crdnd.engine import check_model, measure_teacher, some_images
     from crdnd.evaluation import Label, evaluate, processes
     from crdnd.evaluation import preset as preset_of
-    from crdnd.models import adapted, device_of, resolve_model, weights_sha256
+    from crdnd.models import adapted, device_of, input_shape, resolve_model, weights_sha256
     from crdnd.threat import ThreatModel
 
     attacked = None
@@ -64,10 +65,11 @@ def check_teacher_command(
     network = resolve_model(teacher, weights).to(processes().device)
     card = card_of(teacher, weights)
     name = data or (card.data if card else "") or "digits"
-    split_seed = card.split_seed if card and card.data == name else 0
-    images = load_data(name, split_seed).validation
+    split_seed = card.split_seed if card and was_trained_on(card, name) else 0
+    wanted = _shape(teacher_input)
+    images = load_data(name, split_seed, model_shape=input_shape(network) or wanted).validation
     channels, height, width = images.shape
-    seen = adapted(network, (channels, height, width), _shape(teacher_input), "teacher")
+    seen = adapted(network, (channels, height, width), wanted, "teacher")
     check_model(seen, images, "teacher")
     images = images.to(device_of(network))
     found = measure_teacher(seen, images)

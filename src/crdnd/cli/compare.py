@@ -1,7 +1,6 @@
 """`crdnd compare`: which method is better, for which student, with which teacher."""
 
 import json as json_module
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from crdnd.cli._common import (
     EpochsOption,
     EpsOption,
     FreshOption,
+    JobsOption,
     JsonOption,
     NormOption,
     given,
@@ -70,7 +70,7 @@ def compare_command(
         str | None, typer.Option("--baseline", help="The method that the others are compared with.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the leaderboard.")] = Path("runs/compare"),
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core.")] = None,
+    jobs: JobsOption = None,
     fresh: FreshOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -103,7 +103,7 @@ def compare_command(
     make_folder(out)
     with exclusive(out):
         if fresh:
-            move_aside(out)
+            move_aside(out, [RESULTS])
         refuse_another(out / RESULTS, spec, "Use --fresh to move it aside and start over, or choose another --out.")
         comparison = run_plan(plan, out / RESULTS, out / LOG, jobs)
         _report(comparison, out, json=json)
@@ -164,7 +164,7 @@ def run_plan(plan: Plan, document: Path, log: Path, processes: int | None) -> "C
         plan: the comparison.
         document: where `crdnd.compare-results/1` is written.
         log: what every look at test data is appended to.
-        processes: runs side by side; by default one a core.
+        processes: runs side by side; see `side_by_side`.
     """
     # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one. Numbers
     # whose runs are gone stay until there are new ones.
@@ -265,13 +265,13 @@ def _teacher_name(text: str) -> str:
 
 def _run(plan: Plan, log: Path, processes: int | None) -> dict[str, str]:
     """Run what is not done yet. Returns the jobs that failed, with why."""
-    from crdnd.cli._jobs import cores_for, run_jobs, showing_jobs
+    from crdnd.cli._jobs import run_jobs, showing_jobs, side_by_side, threads_for
 
     work = list(_jobs(plan, log))
     failures: dict[str, str] = {}
     if not work:
         return failures
-    processes = processes or min(os.cpu_count() or 1, len(work))
+    processes = side_by_side(processes, len(work))
     with showing_jobs([job.name for job in work]) as display, saved_in(plan.out):
 
         def on_failed(name: str, why: str) -> None:
@@ -279,7 +279,7 @@ def _run(plan: Plan, log: Path, processes: int | None) -> dict[str, str]:
             display.failed(name, why)
 
         run_jobs(
-            work, processes=processes, threads=cores_for(processes),
+            work, processes=processes, threads=threads_for(processes),
             on_step=display.step, on_done=display.done, on_failed=on_failed,
         )  # fmt: skip
     return failures
@@ -455,6 +455,7 @@ def _measured(cell: "Cell", plan: Plan) -> "CellResult | None":
         seconds=sum(epoch.seconds for epoch in history),
         student_passes=sum(epoch.student_passes for epoch in history),
         teacher_passes=sum(epoch.teacher_passes for epoch in history),
+        changes=checkpoint.changes,
     )
 
 

@@ -1,6 +1,5 @@
 """`crdnd demo`: a robust teacher, seven students of the same kind, four attacks, one report."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from crdnd.cli._common import (
     DataDirOption,
     EpochsOption,
     FreshOption,
+    JobsOption,
     JsonOption,
     RecipeOption,
     SeedOption,
@@ -32,7 +32,7 @@ GALLERY_SAMPLES, GALLERY_ATTACK = 4, "cw_inf"
 def demo_command(
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the report.")] = Path("runs/demo"),
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core.")] = None,
+    jobs: JobsOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
     data_dir: DataDirOption = None,
@@ -79,15 +79,15 @@ def demo_command(
         values = merge(demo.shared, demo.student, {"objective": name}, own, changes, {"out": str(out / name)})
         distilled = {"teacher": str(out / "teacher")} if uses_teacher(values, name) else {}
         recipes[name] = make_recipe(values | distilled, name)
-    _run(recipes, demo.attacks, out, jobs or min(os.cpu_count() or 1, len(recipes)), fresh=fresh, json=json)
+    _run(recipes, demo.attacks, out, jobs, fresh=fresh, json=json)
 
 
 def _run(
-    recipes: Mapping[str, "Recipe"], attacks: tuple[str, ...], out: Path, processes: int, *, fresh: bool, json: bool
+    recipes: Mapping[str, "Recipe"], attacks: tuple[str, ...], out: Path, jobs: int | None, *, fresh: bool, json: bool
 ) -> None:
     from rich.console import Console
 
-    from crdnd.cli._jobs import Job, cores_for, run_jobs, showing_jobs
+    from crdnd.cli._jobs import Job, run_jobs, showing_jobs, side_by_side, threads_for
     from crdnd.engine import is_finished
     from crdnd.evaluation import combine, load_results
     from crdnd.io import atomic_write_text, exclusive, make_folder
@@ -103,7 +103,8 @@ def _run(
     # Beside the locks of its runs: another demo with --fresh would move a finished teacher away from its students.
     with exclusive(out):
         with showing_jobs(list(recipes), reused) as display, saved_in(out):
-            threads = cores_for(processes)
+            processes = side_by_side(jobs, len(work))
+            threads = threads_for(processes)
             run_jobs(work, processes=processes, threads=threads, on_step=display.step, on_done=display.done)
         results = combine([load_results(out / name / EVALUATION) for name in recipes])
         atomic_write_text(out / RESULTS, results.to_json())

@@ -1,6 +1,5 @@
 """`crdnd doctor`."""
 
-import os
 import platform
 import shutil
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 import typer
 
 from crdnd.cli._common import JsonOption, print_json
+from crdnd.machine import cores
 from crdnd.provenance import installed_version
 
 # distribution -> what it is for; the command that mends a gap installs the distribution
@@ -29,7 +29,9 @@ REQUIRED = {
 OPTIONAL = {
     "tensorboard": "trackers: [tensorboard]",
     "datasets": "--data hf:OWNER/NAME",
+    "onnx": "crdnd export: [export]",
     "onnxscript": "crdnd export: [export]",
+    "onnxruntime": "crdnd export: [export]",
 }
 
 
@@ -80,7 +82,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": packages,
         "devices": _devices(problems) if installed_version("torch") else {},
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
         "problems": problems,
     }
@@ -102,12 +104,12 @@ def _devices(problems: list[dict[str, str]]) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if torch.backends.mps.is_available():
-        devices["mps"] = "available"
+        devices["mps"] = "not used, because it has no float64"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        problems.append(
-            {
-                "what": "there is an NVIDIA driver, but this torch has no CUDA",
-                "fix": f"{sys.executable} -m pip install --force-reinstall torch",
-            }
-        )
+        if torch.version.cuda is None:
+            what, fix = "this torch has no CUDA", f"{sys.executable} -m pip install --force-reinstall torch"
+        else:
+            what = f"this torch, for CUDA {torch.version.cuda}, finds no GPU"
+            fix = "unset CUDA_VISIBLE_DEVICES, or update the driver"
+        problems.append({"what": f"there is an NVIDIA driver, but {what}", "fix": fix})
     return devices

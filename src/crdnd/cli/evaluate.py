@@ -1,5 +1,6 @@
 """`crdnd evaluate`."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +23,8 @@ from crdnd.cli._common import (
     given,
     print_json,
     settings_of,
-    shape_for,
     showing_attacks,
+    was_trained_on,
 )
 from crdnd.cli._runs import first
 from crdnd.errors import InputError
@@ -95,11 +96,11 @@ def evaluate_command(
     from pydantic import Field
 
     from crdnd.config import Frozen, build, parse_number
-    from crdnd.data import load_test, with_classes
+    from crdnd.data import has_test, load_test, with_classes
     from crdnd.evaluation import TABLE_ATTACKS, Label, choose_attacks, evaluate, processes, reference
     from crdnd.evaluation import preset as preset_of
     from crdnd.io import atomic_write_text, make_folder
-    from crdnd.models import resolve_model
+    from crdnd.models import input_shape, resolve_model
     from crdnd.recipe import check_format
     from crdnd.threat import ThreatModel
 
@@ -116,6 +117,9 @@ def evaluate_command(
         attacks: dict[str, Any] = {}
         seed: int = 0
 
+    for option, file in (("out", out), ("save_adv", save_adv)):
+        if file is not None and file.is_dir():
+            raise InputError(f"{option}: {file} is a folder; name a file in it.")
     named = {name.strip(): {} for name in attacks.split(",")} if attacks else None
     chosen = given(model=model, data=data, threat__eps=eps, threat__norm=norm, seed=seed, preset=preset)
     values = settings_of(recipe, assignments, chosen)
@@ -143,11 +147,19 @@ def evaluate_command(
         raise InputError(f"engine: must be own or reference, got {engine!r}.")
     if engine == "reference":
         attack_plan = reference(attack_plan, settings.seed)
-    shape = shape_for(network, card)
+    shape = input_shape(network)
     test = load_test(settings.data, settings.split_seed, image_size=settings.image_size, model_shape=shape)
     if card.class_names:
         test = with_classes(test, card.class_names)
     test = first(test, n, settings.data)
+    split = "test"
+    if was_trained_on(card, settings.data) and Path(settings.data).exists() and not has_test(Path(settings.data)):
+        split = "training"
+        print(
+            f"warning: {settings.data} holds no test images, and the model was trained on what it holds: this is no "
+            "measure of the model",
+            file=sys.stderr,
+        )
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
@@ -171,6 +183,7 @@ def evaluate_command(
             per_class=per_class,
             surrogate=resolve_model(surrogate).to(state.device) if surrogate else None,
             seed=settings.seed,
+            split=split,
             batch_size="auto" if batch_size == "auto" else int(batch_size),
             label=Label(card.method or spec, card.role, card.seed, card.checkpoint),
             work=work,

@@ -19,7 +19,6 @@ from crdnd.cli._common import (
     given,
     is_at_hand,
     print_json,
-    shape_for,
     showing_attacks,
 )
 from crdnd.cli._runs import first
@@ -73,7 +72,7 @@ def export_command(
     from crdnd.evaluation import preset as preset_of
     from crdnd.evaluation import processes
     from crdnd.export import check_target, export_model
-    from crdnd.models import device_of, resolve_model
+    from crdnd.models import device_of, input_shape, resolve_model
     from crdnd.threat import ThreatModel
 
     class Settings(Frozen):
@@ -91,7 +90,7 @@ def export_command(
     values = given(data=data, threat__eps=eps, threat__norm=norm, seed=seed)
     fill_from_card(values, card)
     settings = build(Settings, values)
-    shape = shape_for(network, card)
+    shape = input_shape(network)
     splits: Splits | None = None
     if to == "int8" or data is None:
         trained_on = card.data if is_at_hand(card.data) else settings.data

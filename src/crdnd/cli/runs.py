@@ -81,7 +81,7 @@ def status_command(
     for name, fate in found.levers.items():
         print(f"lever    {name} {fate}")
     for change in found.changes:
-        print(f"changed  {change.what} {change.value:g} from step {change.step} on: {change.why}")
+        print(f"changed  {change}")
     if found.history:
         from rich.console import Console
 

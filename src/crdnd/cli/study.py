@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdnd.cli._common import JsonOption, print_json
+from crdnd.cli._common import JobsOption, JsonOption, print_json
 from crdnd.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def study_command(
     results: Annotated[Path, typer.Option("--results", help="Folder of the numbers: STUDY/PART.json.")] = Path(
         "results"
     ),
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; by default one a core.")] = None,
+    jobs: JobsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Do a study that comes with crdnd again: train all, attack all, write the numbers that its page is made of.
@@ -40,7 +40,7 @@ def study_command(
 
         crdnd study crdnd-plus --quick
 
-        crdnd study crdnd-plus --part main --jobs 2
+        crdnd study crdnd-plus --part width-4 --jobs 2
     """
     from crdnd.cli.compare import make_plan, raise_failures, refuse_another, run_plan
     from crdnd.io import exclusive, make_folder

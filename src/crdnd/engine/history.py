@@ -23,6 +23,9 @@ class Change(Frozen):
     """Steps done when it went on with it."""
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.what} {self.value:g} from step {self.step} on: {self.why}"
+
 
 class Epoch(Frozen):
     """One finished epoch: means over its batches, and the validation where there was one."""

@@ -173,6 +173,7 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
         self.changes: tuple[Change, ...] = ()
+        self.stop_asked: int | None = None
         # The state at the end of the epoch before, where a run that turns NaN goes back to.
         self._good: dict[str, Tensor] = {}
         self._order_of = (-1, torch.empty(0))
@@ -285,7 +286,9 @@ class Trainer:
         with torch.no_grad():
             self.objective.observe(views)
         if self.averaged is not None and self.settings.ema is not None:
-            average(self.averaged, self.student, 1 - self.settings.ema)
+            # At first as many steps as there are: a short run would else end in what is left of its random start.
+            decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+            average(self.averaged, self.student, 1 - decay)
         values = {"loss": loss, **{f"terms.{name}": term.mean() for name, term in terms.terms.items()}}
         for name, count in (("student", passes.student), ("teacher", passes.teacher)):
             values[f"passes.{name}"] = torch.full((), count / len(x), dtype=torch.float64, device=loss.device)
@@ -500,12 +503,16 @@ class Trainer:
             # A signal that comes after the look above waits for the next step, unless this state happens to be saved.
             # And nobody ends before the main process has written it: launchers then end all the others.
             stop, _ = self.shared.agree(request.exit_code)
-        if stop is not None and not self.finished:
-            raise Interrupted(
-                f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
-                "The same command goes on from there.",
-                stop,
-            )
+        if stop is None:
+            return
+        if self.finished:
+            self.stop_asked = stop  # what is left is to write the model; then the run ends as it was asked to
+            return
+        raise Interrupted(
+            f"stopped at step {self.step} of {self.total_steps}; everything is saved in {self.folder}. "
+            "The same command, without --fresh, goes on from there.",
+            stop,
+        )
 
     def _save(self) -> None:
         started = time.monotonic()

@@ -25,10 +25,12 @@ LARGE_LAYER = 100_000
 def processes() -> PartialState:
     """This process among those that `accelerate launch` or torchrun started, and its device.
 
-    `PartialState` alone does not read the variable by which `accelerate launch --cpu` says where to compute.
+    `PartialState` alone does not read the variable by which `accelerate launch --cpu` says where to compute, and would
+    choose Apple's MPS, which has no float64: sums and folded weights need it.
     """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
     with _heard():
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+        return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 class SharedRun(Processes):

@@ -31,6 +31,7 @@ from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
 from crdnd.errors import DivergenceError, InputError, Interrupted, RunError, first_line
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
 from crdnd.models import (
+    CARD,
     Adapted,
     ModelCard,
     Normalized,
@@ -180,6 +181,15 @@ def make_objective(
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
     if settings.repair and not needed:
         raise InputError(f"repair: objective {name} has no teacher to repair.")
+    if settings.repair and not objective.repairable:
+        raise InputError(
+            f"repair: objective {name} takes account of the teacher's errors itself, and a repaired teacher would hide "
+            "them from it; leave repair away."
+        )
+    if settings.repair and settings.igdm is not None:
+        raise InputError(
+            "repair: igdm matches how the teacher's predictions change, which repair breaks; leave one away."
+        )
     if needs_second_teacher(objective) != (teachers > 1):
         raise InputError(
             f"objective {name} uses one teacher; leave second_teacher away."
@@ -220,6 +230,7 @@ def _run(
     sha256s = [weights_sha256(teacher) for teacher in teachers]
     teachers = _adapted(teachers, splits.train, settings)
     num_classes = check_networks(student, teachers, splits.train)
+    settings.threat.check_for(splits.train.shape)
     sizes = Sizes(
         student_features=feature_size(student),
         teacher_features=feature_size(teachers[0]) if teachers else 0,
@@ -232,6 +243,7 @@ def _run(
         "teacher": teacher_sha256 and teacher_sha256[:16],
         "second_teacher": sha256s[1][:16] if len(sha256s) > 1 else None,
         "model": _describe(student),
+        "normalization": _normalization(student),
     }
     shared = SharedRun(processes())
     accelerator = _accelerator(settings, out, shared.count)
@@ -256,7 +268,7 @@ def _run(
         aside = None
         if shared.is_main:
             if fresh:
-                aside = move_aside(out)
+                aside = move_aside(out, (RUN, POINTER, CARD))
             _remove_torn_writes(out)
             _open_run(out, settings, identity, checks, trainer.levers)
             if splits.skipped:
@@ -283,6 +295,8 @@ def _run(
                 _record(out, levers=trainer.levers.found)
         run = _finish(trainer, teacher_sha256, out, splits, role, reused=reused)
         shared.agree()  # the folders are whole
+        if trainer.stop_asked is not None:
+            raise Interrupted(f"stopped; the run in {out} is finished.", trainer.stop_asked)
         return run
 
 
@@ -316,6 +330,13 @@ def _describe(model: nn.Module) -> str:
     return f"{name} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
 
+def _normalization(model: nn.Module) -> str | None:
+    """Mean and std of a model that is behind them: the weights fit behind any."""
+    if not isinstance(model, Normalized):
+        return None
+    return f"mean {list(model.architecture.mean)}, std {list(model.architecture.std)}"
+
+
 def _resolved(settings: TrainSettings) -> dict[str, Any]:
     """What really runs, the method's defaults filled in: another version may have others."""
     method = load_objective(settings.objective.name)
@@ -335,6 +356,8 @@ def _open_run(
     if not (out / RUN).exists():
         if (out / POINTER).exists():
             raise InputError(f"{out}: holds a checkpoint, but {RUN} with its settings is missing; {WAY_OUT}.")
+        if is_model_folder(out):
+            raise InputError(f"{out}: holds a model and not the run that made it; {WAY_OUT}, or choose another --out.")
         threads = torch.get_num_threads()
         document = {
             "schema": SCHEMA,
@@ -360,7 +383,8 @@ def _open_run(
         )
     defaults = _resolved(TrainSettings(objective=Named(name=settings.objective.name), threat=settings.threat))
     changed = differences(document.get("settings", {}), chosen, defaults)
-    changed += differences(document.get("identity", {}), identity, {})
+    # Runs of before do not say what their images are normalised by.
+    changed += differences(document.get("identity", {}), identity, {"normalization": identity["normalization"]})
     if changed:
         raise InputError(
             f"{out}: holds a run with other settings ({'; '.join(changed)}). "

@@ -171,7 +171,11 @@ class TrainSettings(Frozen):
         "half the learning rate, at most twice.",
     )
     ema: float | None = Field(
-        default=None, gt=0, lt=1, description="Decay of the averaged weights, which are then the result."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of the averaged weights, which are then the result; "
+        "at step t at most (1 + t) / (10 + t), so that a short run does not end in its random start.",
     )
     swa: float | None = Field(
         default=None,
@@ -185,10 +189,13 @@ class TrainSettings(Frozen):
         default=None,
         gt=0,
         description="Weight, at the end of the run, of the matching of the teacher's input gradients (IGDM); it grows "
-        "from 0.",
+        "from 0, and `loss_scale` holds for it too. Both networks then also see x - (x' - x), which may leave [0, 1].",
     )
     repair: bool = Field(
-        default=False, description="Swap a wrong teacher's largest logit and that of the label, on x and on x'."
+        default=False,
+        description="Swap a wrong teacher's largest logit and that of the label, on x and on x'. Not for methods that "
+        "measure themselves how right or how steep the teacher is (crdnd, crdnd_plus, iad, iad2, adaiad, saad), nor "
+        "with igdm.",
     )
     check_teacher: bool = Field(
         default=True, description="Measure teachers on validation images first, and refuse those at chance level."

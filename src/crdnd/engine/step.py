@@ -226,7 +226,7 @@ class Step:
         terms = self.objective(v)
         if self.igdm is not None:
             match = gradient_match(v["t_adv"], v["t_mirror"], v["s_adv"], v["s_mirror"])
-            terms = LossTerms(**terms.terms, igdm=self.igdm * v.progress * match)
+            terms = LossTerms(**terms.terms, igdm=self.igdm * self.objective.settings.loss_scale * v.progress * match)
         return terms
 
     def _attacked(self, attack: TrainingAttack, batch: Batch) -> Tensor:

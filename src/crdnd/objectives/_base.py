@@ -166,6 +166,9 @@ class Objective(nn.Module):
     """Buffers that are sums over samples; several processes add theirs up before `end_epoch`."""
     relates_samples: ClassVar[bool] = False
     """Whether a sample's terms depend on the others of its batch; the loss is then always that of the whole batch."""
+    repairable: ClassVar[bool] = True
+    """Whether the run may repair a teacher before the method sees it: not where the method measures itself how right
+    the teacher is, or how its predictions change from point to point."""
     settings_class: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
 
     def __init__(self, num_classes: int, *, sizes: Sizes | None = None, **settings: Any) -> None:

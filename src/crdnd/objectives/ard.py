@@ -10,7 +10,9 @@
 The teacher sees the natural image only. Some later re-implementations give it x'; that is another method.
 
 Differs from its paper: nothing in the loss; the authors' code averages the KL over classes, which `loss_scale: 1/K`
-reproduces. The paper's tau 30 suits its teachers; on the digits tau 1 is used, and recipes say so.
+reproduces. How high tau should be is not settled on small networks: on validation data the digits' comparison chose
+the paper's 30 out of 30, 5 and 1 (docs/digits.md); the study of `crdnd_plus` and the comparison on CIFAR-10, which did
+not try 30, chose 1 out of 5 and 1 (docs/study-crdnd-plus.md, docs/cifar10.md). The demo has 1.
 """
 
 from pydantic import Field

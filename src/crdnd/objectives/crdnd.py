@@ -102,6 +102,7 @@ class CRDND(Objective):
     attack = TrainingAttack(loss="kl_teacher", start="gaussian", mode="eval")
     summed = ("counts",)
     relates_samples = True
+    repairable = False  # a_i counts its errors
     settings: Settings
     settings_class = Settings
     counts: Tensor

@@ -80,6 +80,7 @@ class CRDNDPlus(Objective):
     needs = frozenset({"s_nat", "s_adv", "s_adv_features", "t_nat", "t_nat_features"})
     attack = TrainingAttack(loss="ce", start="uniform", mode="eval")
     relates_samples = True
+    repairable = False  # trusts it first, then repairs it
     settings: Settings
     settings_class = Settings
 

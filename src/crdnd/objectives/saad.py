@@ -52,6 +52,7 @@ class SAAD(Objective):
     needs = frozenset({"s_nat", "s_adv", "s_mirror", "t_nat", "t_adv", "t_mirror"})
     attack = TrainingAttack(loss="linear_teacher", start="gaussian", mode="eval")
     relates_samples = True
+    repairable = False  # T(x') - T(x^) stands for its slope
     settings: Settings
     settings_class = Settings
 

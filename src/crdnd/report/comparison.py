@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from crdnd.config import Frozen, build
-from crdnd.engine.history import Validation
+from crdnd.engine.history import Change, Validation
 from crdnd.errors import InputError
 from crdnd.evaluation import Protocol, Row
 from crdnd.io import read_json
@@ -76,6 +76,8 @@ class CellResult(Frozen):
     student_passes: float = 0
     """Evaluations of the student per training image, over the whole training."""
     teacher_passes: float = 0
+    changes: tuple[Change, ...] = ()
+    """What the run changed about itself to go on; its settings are then no longer those of the others."""
 
     @property
     def name(self) -> str:

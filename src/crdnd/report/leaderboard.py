@@ -211,6 +211,7 @@ def notes(comparison: Comparison) -> list[str]:
             found.append(f"{name}: failed, {cell.failed}")
         elif cell.row is not None and cell.row.verdict.startswith("suspicious"):
             found.append(f"{name}: {cell.row.verdict}")
+        found += [f"{name}: changed by its run, {change}" for change in cell.changes]
     return found
 
 
