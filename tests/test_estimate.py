@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from crdnd import InputError, create_model
+from crdnd import InputError, Interrupted, create_model
 from crdnd.cli import main
 from crdnd.data import ImageData, Splits, StreamedData
 from crdnd.engine import Counts, cost, estimate
@@ -152,6 +154,19 @@ def test_nothing_is_left_behind_and_what_a_run_refuses_is_refused(tmp_path, monk
         estimate(network(), splits(), **PLAIN | {"objective": "rslad"})
     with pytest.raises(InputError, match="uses no teacher"):
         estimate(network(), splits(), teachers=[network(1)], **PLAIN)
+
+
+def test_a_stopped_estimate_does_not_speak_of_a_run():
+    clock = Clock(0.25)
+
+    def stopping() -> float:
+        if clock.now > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clock()
+
+    with pytest.raises(Interrupted, match=r"^stopped; an estimate keeps nothing\.$") as stopped:
+        estimate(network(), splits(), clock=stopping, **PLAIN)
+    assert stopped.value.exit_code == 143
 
 
 def test_memory_of_images_that_are_not_there_is_added(monkeypatch):

@@ -25,6 +25,7 @@ from crdnd.engine.run import distill, train
 from crdnd.engine.settings import TrainSettings
 from crdnd.engine.validate import validate
 from crdnd.engine.weights import reestimate_batch_norm
+from crdnd.errors import Interrupted
 from crdnd.models import device_of, evaluating
 from crdnd.threat import ThreatModel
 
@@ -198,6 +199,8 @@ def _steps(
                 train(student, data, out=out, listener=watch, **values)
         except _Enough:
             pass
+        except Interrupted as error:
+            raise Interrupted("stopped; an estimate keeps nothing.", error.exit_code) from None
     return watch.seconds
 
 
