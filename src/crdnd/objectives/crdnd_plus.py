@@ -24,11 +24,10 @@ relate. What is different, and the measured flaw it removes (docs/methods/crdnd.
 Relations as what is distilled are due to Park et al. 2019 (arXiv 1904.05068), the repair to Park and Min 2024 (DGAD,
 ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928).
 
-What to know before you use it: its study, docs/study-crdnd-plus.md. On the digits it leads CRDND, RSLAD and TRADES
-under AutoAttack and is not told apart from ARD and IAD; it did not reach the lead that would make it the default. That
-was measured with the attack of TRADES; the attack on cross-entropy is due to validation data. With it, on CIFAR-10, it
-leads CRDND, RSLAD and ARD (one seed), and is not told apart from adversarial training without a teacher. Where a
-student is too small to fit its data, a larger beta (15) buys robust accuracy with natural accuracy.
+What to know before you use it: its study, docs/study-crdnd-plus.md. On the digits it leads every other method with a
+teacher under AutoAttack, RSLAD by less than what would make it the default; on CIFAR-10 it leads CRDND, RSLAD and ARD
+(one seed). Neither tells it apart from adversarial training without a teacher. Where a student is too small to fit its
+data, a larger beta (15) buys robust accuracy with natural accuracy.
 """
 
 from typing import Literal
