@@ -699,7 +699,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "images that are a folder": (
         ("evaluate", "model", "--attacks", "fgsm", "--save-adv", "empty"),
-        "save_adv: empty is a folder; name a file in it",
+        "save_adversarial: empty is a folder; name a file in it",
     ),
     "nothing to compare": (("diff", "a.json", "b.json"), "a.json: cannot be read"),
     "eps of an evaluation": (("evaluate", "model", "--eps", "8"), "write 8/255 and not 8"),

@@ -117,9 +117,8 @@ def evaluate_command(
         attacks: dict[str, Any] = {}
         seed: int = 0
 
-    for option, file in (("out", out), ("save_adv", save_adv)):
-        if file is not None and file.is_dir():
-            raise InputError(f"{option}: {file} is a folder; name a file in it.")
+    if out is not None and out.is_dir():
+        raise InputError(f"out: {out} is a folder; name a file in it.")
     named = {name.strip(): {} for name in attacks.split(",")} if attacks else None
     chosen = given(model=model, data=data, threat__eps=eps, threat__norm=norm, seed=seed, preset=preset)
     values = settings_of(recipe, assignments, chosen)

@@ -115,6 +115,8 @@ def evaluate(
         RunError: one image at once needs more memory than there is, or an attack made an illegal image.
         Interrupted: a signal asked to stop; what was found is in `work`.
     """
+    if save_adversarial is not None and Path(save_adversarial).is_dir():
+        raise InputError(f"save_adversarial: {save_adversarial} is a folder; name a file in it.")
     images = as_data(data)
     num_classes = check_model(model, images, "model", probabilities=True)
     if surrogate is not None:
@@ -195,6 +197,8 @@ def evaluate(
 
 def _check_surrogate(surrogate: nn.Module, images: ImageData, num_classes: int) -> None:
     """It must take these images and know as many classes as the model."""
+    if not has_gradients(surrogate):
+        raise InputError("surrogate: is an ONNX file without gradients, which transfer needs; give the model it is of.")
     found = check_model(surrogate, images, "surrogate", probabilities=True)
     if found != num_classes:
         raise InputError(f"surrogate: has {found} classes, but the model has {num_classes}; they must be the same.")
