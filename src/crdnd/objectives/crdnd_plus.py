@@ -26,8 +26,9 @@ ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928).
 
 What to know before you use it: its study, docs/study-crdnd-plus.md. On the digits it leads every other method with a
 teacher under AutoAttack, RSLAD by less than what would make it the default; on CIFAR-10 it leads CRDND, RSLAD and ARD
-(one seed). Neither tells it apart from adversarial training without a teacher. Where a student is too small to fit its
-data, a larger beta (15) buys robust accuracy with natural accuracy.
+(one seed). It is no better than all that needs no teacher: TRADES is level with it on one width of the digits,
+adversarial training on the other and on CIFAR-10. Where a student is too small to fit its data, a larger beta (15) buys
+robust accuracy with natural accuracy.
 """
 
 from typing import Literal
