@@ -594,7 +594,7 @@ def test_the_history_holds_means_over_each_epoch(tmp_path):
 def test_the_validation_in_the_history_is_that_of_the_weights_that_are_kept(ema, tmp_path):
     data = Splits(splits().train, ImageData(images(200, seed=2), torch.arange(200) % CLASSES, CLASSES))
     student = TinyNet(seed=1)
-    common = settings(objective="trades", attack={"steps": 1}, epochs=3, ema=ema, optimizer={"learning_rate": 0.5})
+    common = settings(objective="trades", attack={"steps": 1}, epochs=4, ema=ema, optimizer={"learning_rate": 0.5})
     run = train(student, data, out=tmp_path / "run", **common)
 
     def judged(model: nn.Module) -> Validation:

@@ -89,7 +89,7 @@ def move_aside(folder: Path, marks: Collection[str]) -> Path | None:
     Raises:
         InputError: the folder holds something, and no file by which what belongs here is known.
     """
-    folder = folder.resolve()
+    folder = folder if folder.name.strip(".") else folder.resolve()  # '.' has no name to add to
     content = [path for path in folder.iterdir() if path.name != LOCK]
     if not content:
         return None
