@@ -48,8 +48,9 @@ def one_seed(cells: dict[str, CellResult], runs: Path) -> dict[str, Any]:
     student = load_model(runs / cell.folder)
     a = accuracies(runs / cell.folder)
     with torch.no_grad():
-        right = teacher(test.images).argmax(1) == test.labels
-        logits = student(test.images)
+        images, labels = test.batch(torch.arange(len(test)))
+        right = teacher(images).argmax(1) == labels
+        logits = student(images)
     turned = compensate(logits, a["nat"].to(logits))
     degrees = torch.rad2deg(torch.acos(F.cosine_similarity(logits, turned, dim=1).clamp(-1, 1)))
     stands = {side: _stands(found) for side, found in cells.items()}
@@ -58,7 +59,7 @@ def one_seed(cells: dict[str, CellResult], runs: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "accuracy_natural": a["nat"].tolist(),
         "accuracy_adversarial": a["adv"].tolist(),
-        "degrees": [degrees[test.labels == label].mean().item() for label in range(test.num_classes)],
+        "degrees": [degrees[labels == label].mean().item() for label in range(test.num_classes)],
         "turned_over": int((turned.argmax(1) != logits.argmax(1)).sum()),
         "teacher_right": {"n": int(right.sum())} | {side: int(found[right].sum()) for side, found in stands.items()},
         "teacher_wrong": {"n": int((~right).sum())}
