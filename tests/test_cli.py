@@ -703,6 +703,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "nothing to compare": (("diff", "a.json", "b.json"), "a.json: cannot be read"),
     "eps of an evaluation": (("evaluate", "model", "--eps", "8"), "write 8/255 and not 8"),
+    "l2 eps of an evaluation": (
+        ("evaluate", "model", "--norm", "l2", "--eps", "128"),
+        r"threat\.eps: l2 eps=128 makes any image of shape \[1, 8, 8\] grey",
+    ),
     "norm of an evaluation": (("evaluate", "model", "--norm", "l2"), "the model's eps is for linf; give --eps for l2"),
     "data of an evaluation": (("evaluate", "model", "--data", "digit"), "did you mean 'digits'"),
     "setting of an evaluation": (("evaluate", "model", "--set", "atacks=[fgsm]"), "did you mean 'attacks'"),

@@ -119,6 +119,7 @@ def evaluate(
         raise InputError(f"save_adversarial: {save_adversarial} is a folder; name a file in it.")
     images = as_data(data)
     num_classes = check_model(model, images, "model", probabilities=True)
+    threat.check_for(images.shape)
     if surrogate is not None:
         _check_surrogate(surrogate, images, num_classes)
     images = images.to(device_of(model))
