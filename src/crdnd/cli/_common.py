@@ -186,7 +186,8 @@ def was_trained_on(card: "ModelCard", data: Any) -> bool:
     """Whether these are the data of a model's card, which has what they were called and not their path."""
     from crdnd.data import name_of
 
-    return bool(card.data) and card.data in (data, name_of(Path(str(data))) if Path(str(data)).exists() else data)
+    path = Path(str(data))
+    return bool(card.data) and card.data == (name_of(path) if path.exists() else data)
 
 
 def is_at_hand(data: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
+from crdnd.cli._common import card_of
 from crdnd.cli._runs import check_run, split_seen, uses_teacher
 from crdnd.config import Frozen
 from crdnd.counts import Count
@@ -243,7 +244,7 @@ def _check_existing(name: str, source: str, data: Any, split_seed: Any) -> None:
     """A teacher that exists is there, and has not seen the test images of its students."""
     if not Path(source).exists() and ":" not in source and "," not in source:
         raise InputError(f"teachers.{name}: {source}: there is no such model.")
-    seen = split_seen(source, None, data, split_seed)
+    seen = split_seen(card_of(source), data, split_seed)
     if seen is not None:
         raise InputError(
             f"teachers.{name}: was trained on split {seen} of {data} and has seen test images of split {split_seed}; "

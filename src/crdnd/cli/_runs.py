@@ -10,6 +10,7 @@ from crdnd.errors import InputError, Interrupted
 if TYPE_CHECKING:
     from crdnd.data import ImageData, Splits
     from crdnd.evaluation import Results
+    from crdnd.models import ModelCard
     from crdnd.recipe import Recipe
 
 
@@ -38,19 +39,16 @@ def check_run(recipe: "Recipe", splits: "Splits") -> None:
     make_objective(recipe, splits.train.num_classes, teachers=teachers, sizes=sizes)
 
 
-def split_seen(teacher: str, weights: str | None, data: Any, split_seed: Any) -> int | None:
+def split_seen(card: "ModelCard | None", data: Any, split_seed: Any) -> int | None:
     """The split that a teacher was trained on, if test images of its student are among that; else None.
 
     Args:
-        teacher: as for `resolve_model`.
-        weights: likewise; a teacher that these belong to does not say what it was trained on.
+        card: of the teacher, if it has one.
         data: of the student; only sets that draw their test images have other ones in another split.
         split_seed: of the student.
     """
-    from crdnd.cli._common import card_of
     from crdnd.data import data_names, load_info
 
-    card = card_of(teacher, weights)
     if card is None or card.data != data or card.split_seed == split_seed or card.data not in data_names():
         return None
     return card.split_seed if load_info(card.data).draws_test else None

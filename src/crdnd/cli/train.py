@@ -236,13 +236,13 @@ def _check_teachers(recipe: "Recipe", *, quiet: bool) -> None:
         weights: str | None = getattr(recipe, f"{key}_weights")
         if teacher is None:
             continue
-        seen = split_seen(teacher, weights, recipe.data, recipe.split_seed)
+        card = card_of(teacher, weights)
+        seen = split_seen(card, recipe.data, recipe.split_seed)
         if seen is not None:
             raise InputError(
                 f"{key}: was trained on split {seen} of {recipe.data} and has seen test images of split "
                 f"{recipe.split_seed}; use --set split_seed={seen}, or a teacher of split {recipe.split_seed}."
             )
-        card = card_of(teacher, weights)
         if key == "teacher" and card is not None and card.threat not in (None, recipe.threat) and not quiet:
             print(
                 f"warning: the teacher was trained for {card.threat}, the student is for {recipe.threat}",

@@ -39,7 +39,7 @@ class AdaIAD(Objective):
     paper = "Huang et al. 2023, CVPR"
     needs = frozenset({"s_nat", "s_adv", "t_adv"})
     attack = TrainingAttack(loss="adaad", start="gaussian", mode="eval")
-    repairable = False  # T_y(x\') is how far it is trusted
+    repairable = False  # T_y(x') is how far it is trusted
     settings: Settings
     settings_class = Settings
 

@@ -36,7 +36,7 @@ class IAD(Objective):
     paper = "Zhu et al. 2022, arXiv 2106.04928"
     needs = frozenset({"s_nat", "s_adv", "t_nat", "t_adv"})
     attack = TrainingAttack(loss="ce", start="uniform", mode="train")
-    repairable = False  # T_y(x\') is how far it is trusted
+    repairable = False  # T_y(x') is how far it is trusted
     settings: Settings
     settings_class = Settings
 

@@ -42,7 +42,7 @@ class IAD2(Objective):
     paper = "Zhu et al. 2022, arXiv 2106.04928"
     needs = frozenset({"s_nat", "s_adv", "t_adv", "t2_adv"})
     attack = TrainingAttack(loss="ce", start="uniform", mode="train")
-    repairable = False  # T_y(x\') is how far it is trusted
+    repairable = False  # T_y(x') is how far it is trusted
     settings: Settings
     settings_class = Settings
 
