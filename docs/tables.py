@@ -131,9 +131,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables made anew; the comment that opens each one says where."""
     for name, make in tables.items():
         start = START.format(name=name)
+        if start not in text:
+            raise SystemExit(f"no place for a table: add the lines {start.strip()!r} and {END!r} to its page")
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(END)
         text = before + start + make() + END + after

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from crdnd.attacks import answers, frozen
+from crdnd.attacks import Folding, answers, frozen
 from crdnd.models import create_model
 from support import generator, images
 
@@ -79,6 +79,38 @@ class UsedTwice(Net):
         return self.linear((F.relu(self.norm(x)) - F.relu(-x)).mean((2, 3)))
 
 
+class UsedDetached(Net):
+    """The convolution's output decides, without a gradient, what passes behind the batch norm."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.linear((F.relu(self.norm(x)) * (x > 0.1)).mean((2, 3)))
+
+
+class PreActivation(nn.Module):
+    """Blocks whose sums are what the next batch norm reads, and the shortcut too."""
+
+    def __init__(self, in_place, zero=False):
+        super().__init__()
+        self.first, self.linear = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 5)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.in_place = in_place
+        self.scale = nn.Parameter(torch.tensor(0.0)) if zero else 1
+
+    def forward(self, x):
+        x = self.first(x)
+        for one, two in ((0, 1), (2, 3)):
+            out = self.convs[one](F.relu(self.norms[one](x)))
+            out = self.convs[two](F.relu(self.norms[two](out)))
+            if self.in_place:
+                out += x
+                x = out
+            else:
+                x = x + self.scale * out
+        return self.linear(x.mean((2, 3)))
+
+
 class Unused(Net):
     """Has a convolution and a batch norm that no image passes."""
 
@@ -111,6 +143,10 @@ NETS = {
     "shared norm": (1, SharedNorm),
     "shared convolution": (1, SharedConvolution),
     "output used twice": (1, UsedTwice),
+    "output used without a gradient": (1, UsedDetached),
+    "pre-activation": (1, lambda: PreActivation(in_place=False)),
+    "pre-activation in place": (1, lambda: PreActivation(in_place=True)),
+    "branches that begin at zero": (1, lambda: PreActivation(in_place=False, zero=True)),
     "unused layers": (1, Unused),
     "weight norm": (1, normed),
     "by hand": (1, ByHand),
@@ -124,9 +160,11 @@ NETS = {
 # How many modules compute the fast way: convolutions, the batch norms that were folded into them, and the model itself
 PATCHED = {
     "grey": 2, "colour": 2, "with bias": 2, "colour with bias": 2, "without affine": 2, "without statistics": 1,
-    "large eps": 2, "shared norm": 2, "shared convolution": 1, "output used twice": 0, "unused layers": 3,
-    "weight norm": 0, "by hand": 1, "a function between": 1, "a function in place between": 0,
-    "a layer in place between": 0, "a view between": 1, "cnn": 7, "colour cnn": 7,
+    "large eps": 2, "shared norm": 2, "shared convolution": 1, "output used twice": 1,
+    "output used without a gradient": 0, "pre-activation": 7, "pre-activation in place": 7,
+    "branches that begin at zero": 7, "unused layers": 3,
+    "weight norm": 0, "by hand": 1, "a function between": 1, "a function in place between": 1,
+    "a layer in place between": 1, "a view between": 1, "cnn": 7, "colour cnn": 7,
 }  # fmt: skip
 
 
@@ -160,6 +198,22 @@ def test_the_fast_way_is_on_where_it_should_be_and_nowhere_else(name):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not any(module.training for module in model.modules())
     assert patched(model) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if name != "weight norm"])
+def test_what_was_found_on_a_new_network_still_holds_when_it_has_learned(name):
+    channels, make = NETS[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), images(COUNT, (channels, *SIZE), dtype=torch.float32)
+    folding = Folding(model, x)
+    settle(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 0:
+            nn.init.constant_(parameter, 0.5)
+    expected = answers(model, x)
+    with folding.applied():
+        for a, b in zip(answers(model, x), expected, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_a_folded_batch_norm_does_nothing_and_its_convolution_everything():

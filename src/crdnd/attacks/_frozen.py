@@ -1,6 +1,7 @@
 """The same function, computed faster: what a model is while it is only attacked and not trained."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,19 @@ class _Call:
     """How it is one product with a matrix, where that beats a convolution: its call costs more than its sums."""
     tiles: bool
     """Whether it is computed in tiles, which saves multiplications."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a convolution returned."""
+
+    convolution: nn.Conv2d
+    maps: Tensor
+    """Kept alive, so that its id stays its own."""
+    version: int
+    """How often it had been changed in place."""
+    node: object
+    """The operation that it came from, in the graph of the pass."""
 
 
 @contextmanager
@@ -87,8 +101,8 @@ class Folding:
     Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product
     with a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is
     replaced but that of plain convolutions and batch norms, for as long as it is applied; hooks and counters of the
-    user's see every pass. Where the result on the probe is not the same up to rounding, or the model is random, it
-    does nothing.
+    user's see every pass. Where the result on the probe, with batch norms moved as by a training, is not the same up to
+    rounding, or the model is random, it does nothing.
 
     Args:
         model: images -> logits, in eval mode.
@@ -110,23 +124,24 @@ class Folding:
         last = channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu")
         if not convolutions or not (fold or last):
             return
-        seen, calls = _trace(model, probe)
-        layouts = [torch.channels_last, torch.contiguous_format] if last else [torch.contiguous_format]
-        if not fold:
-            calls = {c: _Call(None, None, tiles=False) for c in calls}
-        small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
-        self._chain = find_chain(model, small, probe.shape[1:])
-        plain = {c: replace(call, tiles=False) for c, call in calls.items()}
-        ways = [calls, plain] if calls != plain else [plain]
-        for way, layout in itertools.product(ways, layouts):
-            self._calls, self._layout = {c: way.get(c) for c in convolutions}, layout
-            try:
-                with self.applied():
-                    if all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True)):
-                        return
-            except RuntimeError:
-                pass  # as a `view` of what lies in another layout than its author thought
-        self._calls, self._chain = {}, None
+        with _moved(model):
+            seen, calls = _trace(model, probe)
+            layouts = [torch.channels_last, torch.contiguous_format] if last else [torch.contiguous_format]
+            if not fold:
+                calls = {c: _Call(None, None, tiles=False) for c in calls}
+            small = {c: call.pixels for c, call in calls.items() if call.pixels is not None}
+            self._chain = find_chain(model, small, probe.shape[1:])
+            plain = {c: replace(call, tiles=False) for c, call in calls.items()}
+            ways = [calls, plain] if calls != plain else [plain]
+            for way, layout in itertools.product(ways, layouts):
+                self._calls, self._layout = {c: way.get(c) for c in convolutions}, layout
+                try:
+                    with self.applied():
+                        if all(_agree(a, b) for a, b in zip(seen, answers(model, probe), strict=True)):
+                            return
+                except RuntimeError:
+                    pass  # as a `view` of what lies in another layout than its author thought
+            self._calls, self._chain = {}, None
 
     def __str__(self) -> str:
         """What is computed another way, such as '20 batch norms folded, 7 convolutions in tiles'."""
@@ -187,35 +202,73 @@ class Folding:
 
 def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict[nn.Conv2d, _Call]]:
     """One pass of the model as it is, and how it calls those convolutions that it calls once."""
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    outputs: dict[int, _Output] = {}
     times: dict[nn.Module, int] = {}
-    readers: dict[nn.Conv2d, nn.BatchNorm2d] = {}
+    readers: dict[nn.BatchNorm2d, _Output] = {}
     shapes: dict[nn.Conv2d, tuple[torch.Size, torch.Size]] = {}
+    logits: list[Tensor] = []
 
     def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         times[module] = times.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
-            outputs[id(output)] = module, output  # kept alive, so that its id stays its own
+            outputs[id(output)] = _Output(module, output, output._version, output.grad_fn)
             shapes[module] = arguments[0].shape[1:], output.shape[1:]
-        elif isinstance(module, nn.BatchNorm2d) and id(arguments[0]) in outputs:
-            readers[outputs[id(arguments[0])][0]] = module
+        elif isinstance(module, nn.BatchNorm2d):
+            read = outputs.get(id(arguments[0]))
+            if read is not None and read.version == arguments[0]._version:  # and not `maps += shortcut` in between
+                readers[module] = read
+
+    def end(module: nn.Module, arguments: object, output: Tensor) -> None:
+        logits.append(output)
 
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     hooks = [module.register_forward_hook(note) for module in model.modules() if type(module) in kinds]
+    hooks.append(model.register_forward_hook(end))
     try:
         seen = answers(model, probe)
     finally:
         for hook in hooks:
             hook.remove()
+    uses = _uses(logits[0])
+    norms = {
+        read.convolution: norm
+        for norm, read in readers.items()
+        if uses[read.node] == 1 and times[norm] == 1 and norm.running_mean is not None and "forward" not in vars(norm)
+    }
     calls: dict[nn.Conv2d, _Call] = {}
     for convolution, (inputs, maps) in shapes.items():
         if times[convolution] == 1:
-            norm = readers.get(convolution)
-            if norm is not None and (times[norm] > 1 or norm.running_mean is None or "forward" in vars(norm)):
-                norm = None
             pixels = _pixels(convolution, inputs, maps)
-            calls[convolution] = _Call(norm, pixels, pixels is None and tiles_pay(convolution, inputs))
+            tiles = pixels is None and tiles_pay(convolution, inputs)
+            calls[convolution] = _Call(norms.get(convolution), pixels, tiles)
     return seen, calls
+
+
+def _uses(logits: Tensor) -> Counter[object]:
+    """How often each operation's result is read on the way to the logits."""
+    found, known, left = Counter[object](), {logits.grad_fn}, [logits.grad_fn]
+    while left:
+        node = left.pop()
+        after = [] if node is None else [one for one, _ in node.next_functions if one is not None]
+        found.update(after)
+        left += set(after) - known
+        known.update(after)
+    return found
+
+
+@contextmanager
+def _moved(model: nn.Module) -> Generator[None]:
+    """Batch norms as after a training, for the body's time: a new one changes so little that leaving it out agrees."""
+    norms = [one for one in model.modules() if type(one) is nn.BatchNorm2d]
+    kept = [(one.running_mean, one.running_var) for one in norms]
+    for norm, (mean, variance) in zip(norms, kept, strict=True):
+        if mean is not None and variance is not None:
+            norm.running_mean, norm.running_var = mean + 0.1 * variance.sqrt(), 1.2 * variance
+    try:
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
 
 
 def _pixels(convolution: nn.Conv2d, inputs: torch.Size, outputs: torch.Size) -> PixelMatrix | None:
