@@ -235,6 +235,11 @@ def test_a_sequence_of_anything_names_its_settings_by_its_parts():
     assert not both.judged_on_all
 
 
+def test_parts_of_one_name_are_refused_whose_verdicts_would_be_one():
+    with pytest.raises(InputError, match=r"^two: two parts are called fgsm; give each a name of its own"):
+        Sequence(name="two", summary="s", paper="p", parts=(load_attack("fgsm"), load_attack("fgsm")))
+
+
 def test_where_the_official_implementation_fails_it_says_so_in_one_line():
     pytest.importorskip("pyautoattack")
     from crdnd.evaluation._reference import reference

@@ -12,11 +12,11 @@ from typing import ClassVar, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crdnd.attacks import attack_names, load_attack
 from crdnd.engine import TrainSettings, make_objective
-from crdnd.engine.step import Step, last_linear_input
+from crdnd.engine.step import Step, logits_and_features
 from crdnd.errors import InputError
 from crdnd.models import create_model, evaluating
 from crdnd.objectives import (
@@ -1001,29 +1001,49 @@ def test_features_and_logits_of_one_network_on_one_input_cost_one_pass():
     torch.testing.assert_close(student.model.classifier(v["s_nat_features"]), v["s_nat"])
 
 
-def test_features_are_those_of_the_last_of_several_linear_layers():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(84, 9), nn.ReLU(), nn.Linear(9, CLASSES)).double()
-    x = images()
-    with last_linear_input(net) as captured:
-        net(x)
-        net(x / 2)
-    assert len(captured) == 2, "one for each pass"
-    torch.testing.assert_close(captured[0], net[:3](x), rtol=0, atol=0)
-    torch.testing.assert_close(captured[1], net[:3](x / 2), rtol=0, atol=0)
+class Excited(TinyNet):
+    """Weighs its features by themselves: a linear layer that is called before the last one and registered behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(FEATURES, FEATURES, dtype=torch.float64)
+        self.unused = nn.Linear(2, CLASSES, dtype=torch.float64)
+
+    def features(self, x: Tensor) -> Tensor:
+        found = super().features(x)
+        return found * self.squeeze(found).sigmoid()
 
 
-def test_a_network_without_a_linear_layer_has_no_features():
-    with (
-        pytest.raises(InputError, match="Sequential has no linear layer to read features from"),
-        last_linear_input(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten())),
-    ):
-        pass
+def test_features_are_what_goes_into_the_last_linear_layer_that_a_pass_calls():
+    x, flat = images(), nn.Sequential(nn.Flatten(), nn.Linear(84, 9), nn.ReLU(), nn.Linear(9, CLASSES)).double()
+    excited = Excited()
+    for net, expected in ((flat, flat[:3](x)), (excited, excited.features(x))):
+        logits, found = logits_and_features(net, x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(logits, net(x), rtol=0, atol=0)
 
 
-def test_the_hook_for_features_goes_even_when_the_pass_fails():
+class Tokens(nn.Module):
+    """Its last linear layer is called on every place of the image, and the mean of that are the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SHAPE[0], CLASSES, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Conv2d(3, 5, (4, 7)).double(), nn.Flatten()), Tokens])
+def test_a_network_without_a_linear_layer_at_its_end_has_no_features(make):
+    with pytest.raises(InputError, match="has no linear layer at its end to read features from"):
+        logits_and_features(make(), images())
+
+
+def test_the_hooks_for_features_go_even_when_the_pass_fails():
     net = TinyNet()
-    with pytest.raises(RuntimeError), last_linear_input(net):
-        net(torch.zeros(2, SHAPE[0] + 1, 4, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError):
+        logits_and_features(net, torch.zeros(2, SHAPE[0] + 1, 4, 4, dtype=torch.float64))
     assert not net.classifier._forward_pre_hooks
 
 

@@ -919,7 +919,10 @@ SURROGATES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(71, CLASSES)), r"surrogate: cannot process images of shape \(1,",
     ),
     "no logits": (nn.Identity, r"surrogate: must return logits \(B, K\)"),
-    "no gradients": (lambda: Detached("declared"), "surrogate: is an ONNX file without gradients"),
+    "no gradients": (lambda: Detached("declared"), "surrogate: lets no gradient through to its images"),
+    "no gradients by chance": (
+        lambda: Detached("no_grad"), "surrogate: lets no gradient through to its images",
+    ),
 }  # fmt: skip
 
 

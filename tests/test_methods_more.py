@@ -1,6 +1,7 @@
 """MART, KD, AdaAD, AdaIAD, CRD, SAAD and CRDND+: values worked out by hand, and where their gradients go."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -418,6 +419,14 @@ def plain_crd(**settings):
         for side in (objective.student, objective.teacher):
             side.head.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
     return objective
+
+
+def test_crd_begins_elsewhere_with_another_seed_and_in_the_same_place_with_the_same():
+    first, same, other = (make("crd", sizes=dataclasses.replace(PLANE, seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert first.keys() >= {"student.head", "student.bank", "teacher.head", "teacher.bank"}
+    for key in ("student.head", "student.bank", "teacher.head", "teacher.bank"):
+        assert torch.equal(first[key], same[key])
+        assert not torch.equal(first[key], other[key])
 
 
 def random_crd_views(batch=BATCH, seed=0, dtype=torch.float64):

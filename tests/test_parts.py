@@ -17,7 +17,7 @@ from crdnd.engine.settings import TrainSettings
 from crdnd.engine.step import Step
 from crdnd.engine.weights import average, keeping_statistics, perturbable, perturbed, reestimate_batch_norm
 from crdnd.losses import gradient_match, kl, repaired
-from crdnd.objectives import TrainingAttack, load_objective
+from crdnd.objectives import Sizes, TrainingAttack, load_objective
 from crdnd.random import Stream
 from support import BATCH, CLASSES, SHAPE, Recorder, TinyNet, generator, images
 
@@ -111,6 +111,12 @@ def test_igdm_and_repair_without_a_teacher_are_refused(tmp_path):
             train(cnn(), splits(), out=tmp_path / "run", **settings(**changes))
 
 
+def test_repair_is_refused_where_no_prediction_of_the_teacher_is_looked_at():
+    sizes = Sizes(student_features=2, teacher_features=2, samples=7)
+    with pytest.raises(InputError, match="repair: objective crd looks at no prediction"):
+        make_objective(TrainSettings(objective="crd", threat=THREAT, repair=True), 3, teachers=1, sizes=sizes)
+
+
 @pytest.mark.parametrize("name", ["crdnd", "crdnd_plus", "iad", "iad2", "adaiad", "saad"])
 def test_repair_is_refused_where_the_method_looks_at_the_teachers_errors_itself(name):
     with pytest.raises(InputError, match=f"repair: objective {name} takes account"):
@@ -126,6 +132,49 @@ def test_igdm_gives_a_method_without_a_teacher_one(tmp_path):
     run = distill(cnn(), splits(), teacher=cnn(1), out=tmp_path, **settings(objective="pgd_at", igdm=1.0))
     assert set(run.history[-1].terms) == {"ce_adv", "igdm"}
     assert run.history[-1].terms["igdm"] > 0
+
+
+class Convolutional(nn.Module):
+    """A mean of maps for logits: no linear layer, and no gradient to its images where it is told so."""
+
+    def __init__(self, *, gradients: bool = True) -> None:
+        super().__init__()
+        self.convolution, self.gradients = nn.Conv2d(SHAPE[0], CLASSES, 3), gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            return self.convolution(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["crd", "crdnd_plus"])
+def test_a_network_without_features_is_refused_before_a_run_begins(name, who, tmp_path):
+    student, teacher = (Convolutional() if what == who else cnn(1) for what in ("student", "teacher"))
+    with pytest.raises(
+        InputError, match=rf"^{who}: Convolutional has no linear layer .*, and objective {name} needs them"
+    ):
+        distill(student, splits(), teacher=teacher, out=tmp_path / "run", **settings(objective=name))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["adaad", "adaiad", "saad", "rslad"])
+def test_a_teacher_without_gradients_is_refused_where_its_slope_is_looked_at(name, tmp_path):
+    def run():
+        teacher = Convolutional(gradients=False)
+        return distill(cnn(), splits(), teacher=teacher, out=tmp_path / "run", **settings(objective=name))
+
+    if name == "rslad":
+        assert run().history
+        return
+    with pytest.raises(InputError, match=r"^teacher: lets no gradient through to its images"):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
+    network = cnn()
+    with pytest.raises(InputError, match=r"^teacher: has weights of the student"):
+        distill(network, splits(), teacher=network, out=tmp_path / "run", **settings(objective="rslad"))
 
 
 # The training attack
@@ -286,6 +335,18 @@ def test_batch_norms_get_the_statistics_of_the_natural_training_images():
     torch.testing.assert_close(norm.running_var, variances)
     assert norm.momentum == 0.1
     assert [module.training for module in network.modules()] == modes
+
+
+def test_batch_norms_get_the_same_statistics_from_images_sorted_by_class_as_from_mixed_ones():
+    y = torch.arange(64) // 16
+    x = (0.2 * y[:, None, None, None] + 0.2 * images(64, dtype=torch.float32)).clamp(0, 1)
+    variances = {}
+    for order in ("sorted", "mixed"):
+        rows = torch.arange(64) if order == "sorted" else torch.randperm(64, generator=generator(3))
+        network = cnn().eval()
+        reestimate_batch_norm(network, ImageData(x[rows], y[rows]), 16)
+        variances[order] = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d)).running_var
+    torch.testing.assert_close(variances["sorted"], variances["mixed"], rtol=0.1, atol=0)
 
 
 def test_swa_is_the_mean_of_the_ends_of_the_epochs_from_its_start_on(tmp_path):

@@ -117,6 +117,13 @@ def test_milestones_are_read_as_people_write_them_and_epochs_are_refused():
             make_recipe(values(NAMES[0]) | {"out": "o", "schedule": {"name": "step", "milestones": wrong}})
 
 
+def test_the_drops_of_mtard_are_read_in_the_same_way():
+    mtard = load_objective("mtard")
+    assert mtard(3, drops=["215/300", 0.9]).settings.drops == (215 / 300, 0.9)
+    with pytest.raises(InputError, match=r"objective: drops: are fractions of the run, such as 100/200"):
+        mtard(3, drops=[215, 260])
+
+
 def test_a_name_that_is_none_suggests_one():
     with pytest.raises(InputError, match="no 'rslad-cifar10-resnet'; did you mean 'rslad-cifar10-resnet18'"):
         recipe_text("rslad-cifar10-resnet")

@@ -206,6 +206,25 @@ def test_samples_and_streams_have_squares_of_their_own():
     assert len(signs.transpose(0, 1).flatten(1).unique(dim=0)) == BATCH
 
 
+class Rounded(nn.Module):
+    """Logits of few values, as a quantised model's: before an image is fooled its label only draws level."""
+
+    def forward(self, x):
+        s = (8 * (x.flatten(1).mean(1) - 0.5)).round()
+        return torch.stack([torch.zeros_like(s), s], dim=1)
+
+
+def test_a_tie_that_leaves_the_prediction_right_does_not_end_the_search():
+    x, y = 0.3 + 0.01 * images(BATCH, (1, 6, 6)), torch.zeros(BATCH, dtype=torch.int64)
+    threat, model = ThreatModel(norm="linf", eps=0.29), Rounded()
+    level, beyond = (model(x + change) for change in (0.2, 0.29))
+    assert (level.argmax(1) == y).all()
+    assert (level[:, 1] == 0).all()
+    assert (beyond.argmax(1) != y).all()
+    found = square(2000).rounds(2)[-1].search(model, x, y, threat, Stream.of("t", ids=IDS))
+    assert (model(found).argmax(1) != y).sum() > BATCH / 2  # 0 where a tie ends it
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 3, 5)])
 def test_linf_comes_close_to_the_closed_form_optimum_of_a_linear_model(shape):
     victim, x = RankOneVictim(2, shape), images(BATCH, shape)

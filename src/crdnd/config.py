@@ -3,7 +3,7 @@
 import types
 import typing
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,21 @@ def parse_number(value: Any) -> Any:
         return float(Fraction(value.replace(" ", "")))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{value!r} is not a number; write 0.1 or 8/255.") from None
+
+
+def parse_fractions(value: Any) -> Any:
+    """Read moments as fractions of a run, each as `parse_number` does; what is no list is left as it is.
+
+    >>> parse_fractions(["100/200", 0.75])
+    [0.5, 0.75]
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    found = [parse_number(moment) for moment in cast("list[Any] | tuple[Any, ...]", value)]
+    for moment in found:
+        if isinstance(moment, int | float) and not 0 < moment < 1:
+            raise ValueError(f"are fractions of the run, such as 100/200 for epoch 100 of 200, got {moment:g}.")
+    return found
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crdnd.attacks._base import Attack, Round
+from crdnd.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +12,12 @@ class Sequence(Attack):
     """An attack made of others."""
 
     parts: tuple[Attack, ...]
+    """Each under a name of its own, by which its verdicts are kept."""
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{self.name}: two parts are called {twice[0]}; give each a name of its own.")
 
     def rounds(self, num_classes: int) -> list[Round]:
         """The rounds of all parts, in their order."""

@@ -5,7 +5,8 @@ rises. l2: the perturbation of one window is moved to another one, as a bump. Th
 queries. The last part of AutoAttack.
 
 Differs from the official code: every sample has its own squares, drawn over all places (the official code shares one
-square in a batch and never draws the last row and column), so that a verdict does not depend on the batch.
+square in a batch and never draws the last row and column), so that a verdict does not depend on the batch. A tie that
+leaves the prediction right is no success, and the search goes on: logits of a quantised model are often equal.
 """
 
 import functools
@@ -95,8 +96,11 @@ class Square(Attack):
 
 
 def _margin(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+    """The margin, and below 0 where another class draws level but the label is still the prediction."""
     with torch.no_grad():
-        return margin(model(x), y)
+        logits = model(x)
+        found = margin(logits, y)
+        return found.masked_fill((found == 0) & (logits.argmax(1) == y), -torch.finfo(found.dtype).tiny)
 
 
 _DRAWS = 5

@@ -26,7 +26,8 @@ class ImageData:
     """Images with labels, checked once when made.
 
     Args:
-        x: images (N, C, H, W): floating point in [0, 1], or uint8 in 0 .. 255, which is divided by 255 in each batch.
+        x: images (N, C, H, W): floating point in [0, 1], half precision becoming float32, or uint8 in 0 .. 255, which
+            each batch divides by 255.
         y: labels (N,), integers in 0 .. num_classes - 1.
         num_classes: K; by default one more than the largest label.
         class_names: names for messages and reports; by default the numbers.
@@ -73,6 +74,8 @@ class ImageData:
             return
         if not self.x.is_floating_point():
             raise InputError(f"{self.name}: images must be floating point in [0, 1] or uint8, got {self.x.dtype}.")
+        if self.x.dtype != torch.float64:  # attacks in half precision would have another eps, and few draws
+            object.__setattr__(self, "x", self.x.float())
         if not bool(self.x.isfinite().all()):
             raise InputError(f"{self.name}: images contain NaN or infinite pixels; clean them first.")
         low, high = float(self.x.min()), float(self.x.max())

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crdnd.data import ImageData, Splits
+from crdnd.engine.step import logits_and_features
 from crdnd.errors import InputError, first_line
-from crdnd.models import device_of, evaluating
+from crdnd.models import device_of, evaluating, lets_gradients_through
+from crdnd.objectives import TrainingAttack, load_objective
 
 log = logging.getLogger("crdnd")
 
@@ -28,8 +30,7 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
         way_out: what to do about a model that cannot process the images.
     """
-    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.device))
-    x = x.to(device_of(model))
+    x = _few(data, model)
     with evaluating(model), torch.no_grad():
         try:
             logits: Any = model(x)
@@ -47,6 +48,40 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
     if logits.shape[1] < data.num_classes:
         raise InputError(f"{what}: has {logits.shape[1]} classes, but the data has {data.num_classes}.")
     return logits.shape[1]
+
+
+def feature_sizes(
+    objective: str, student: nn.Module, teachers: Sequence[nn.Module], data: ImageData
+) -> tuple[int, int]:
+    """How wide the features of student and first teacher are; 0 where the method of that name does not look at them.
+
+    Raises:
+        InputError: it does, and a network has none.
+    """
+    needs, sizes = load_objective(objective).needs, [0, 0]
+    for place, (what, network) in enumerate(zip(("student", "teacher"), (student, *teachers), strict=False)):
+        if any(view.startswith(f"{what[0]}_") and view.endswith("_features") for view in needs):
+            try:
+                with evaluating(network), torch.no_grad():
+                    sizes[place] = logits_and_features(network, _few(data, network))[1].shape[1]
+            except InputError as error:
+                raise InputError(f"{what}: {str(error).rstrip('.')}, and objective {objective} needs them.") from None
+    return sizes[0], sizes[1]
+
+
+def check_teacher_gradients(teacher: nn.Module, attack: TrainingAttack | None, data: ImageData) -> None:
+    """Refuse a teacher without gradients to its images, for a method or a training attack that needs them."""
+    if not lets_gradients_through(teacher, _few(data, teacher)):
+        why = f"attack.loss: {attack.loss}" if attack else "the method"
+        raise InputError(
+            f"teacher: lets no gradient through to its images, as an ONNX file does not, and {why} needs it; give the "
+            "model that it is of."
+        )
+
+
+def _few(data: ImageData, model: nn.Module) -> Tensor:
+    x, _ = data.batch(torch.arange(min(3, len(data)), device=data.device))
+    return x.to(device_of(model))
 
 
 def check_splits(splits: Splits) -> None:
@@ -87,7 +122,10 @@ def say_classes(splits: Splits) -> None:
 def check_networks(student: nn.Module, teachers: Sequence[nn.Module], data: ImageData) -> int:
     """Check all networks of a run and return how many classes they have."""
     num_classes = check_model(student, data, "student" if teachers else "model")
+    learning = {id(parameter) for parameter in student.parameters()}
     for what, teacher in zip(("teacher", "second teacher"), teachers, strict=False):
+        if learning & {id(parameter) for parameter in teacher.parameters()}:
+            raise InputError(f"{what}: has weights of the student, which change; give it its own: copy.deepcopy(...).")
         if (found := check_model(teacher, data, what, way_out=OTHER_SHAPE)) != num_classes:
             raise InputError(
                 f"the {what} has {found} classes and the student {num_classes}; they must agree. The data has "

@@ -20,13 +20,12 @@ from crdnd import provenance
 from crdnd.config import build
 from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
-from crdnd.engine.checks import check_networks, check_splits, say_classes
+from crdnd.engine.checks import check_networks, check_splits, check_teacher_gradients, feature_sizes, say_classes
 from crdnd.engine.history import Change, Epoch
 from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
 from crdnd.engine.processes import SharedRun, processes, sharded
 from crdnd.engine.settings import Named, TrainSettings, differences
-from crdnd.engine.step import feature_size
 from crdnd.engine.teacher import Role, TeacherCheck, measure_teacher
 from crdnd.errors import DivergenceError, InputError, Interrupted, RunError, first_line
 from crdnd.io import atomic_write_text, cannot_write, exclusive, make_folder, move_aside, read_json
@@ -43,7 +42,16 @@ from crdnd.models import (
     state,
     weights_sha256,
 )
-from crdnd.objectives import Objective, Sizes, TrainingAttack, load_objective, needs_second_teacher, needs_teacher
+from crdnd.objectives import (
+    Objective,
+    Sizes,
+    TrainingAttack,
+    attack_needs,
+    load_objective,
+    needs_second_teacher,
+    needs_teacher,
+    needs_teacher_gradients,
+)
 
 log = logging.getLogger("crdnd")
 
@@ -181,6 +189,11 @@ def make_objective(
         raise InputError(f"objective {name} uses no teacher: use `crdnd train` or `train(...)`.")
     if settings.repair and not needed:
         raise InputError(f"repair: objective {name} has no teacher to repair.")
+    seen = objective.needs | attack_needs(attack)
+    if settings.repair and all(view.startswith("s_") or view.endswith("_features") for view in seen):
+        raise InputError(
+            f"repair: objective {name} looks at no prediction of the teacher, and there is none to repair."
+        )
     if settings.repair and not objective.repairable:
         raise InputError(
             f"repair: objective {name} takes account of the teacher's errors itself, and a repaired teacher would hide "
@@ -231,12 +244,11 @@ def _run(
     teachers = _adapted(teachers, splits.train, settings)
     num_classes = check_networks(student, teachers, splits.train)
     settings.threat.check_for(splits.train.shape)
-    sizes = Sizes(
-        student_features=feature_size(student),
-        teacher_features=feature_size(teachers[0]) if teachers else 0,
-        samples=len(splits.train),
-    )
+    features = feature_sizes(settings.objective.name, student, teachers, splits.train)
+    sizes = Sizes(*features, samples=len(splits.train), seed=settings.seed_for("init"))
     objective, attack = make_objective(settings, num_classes, teachers=len(teachers), sizes=sizes)
+    if needs_teacher_gradients(objective, attack):
+        check_teacher_gradients(teachers[0], attack, splits.train)
     teacher_sha256 = sha256s[0] if sha256s else None
     identity = {
         "data": f"{splits.train.name} {splits.sha256[:16]}",

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from crdnd.config import Frozen, build, parse_number
+from crdnd.config import Frozen, build, parse_fractions
 from crdnd.data import augmentation_names
 from crdnd.objectives import AttackLoss, TrainingAttack
 from crdnd.threat import ThreatModel
@@ -53,16 +53,7 @@ class ScheduleSettings(Frozen):
     factor: float = Field(default=0.1, gt=0, lt=1, description="step: what it is multiplied by at each drop.")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="Part of the run over which it rises from 0.")
 
-    @field_validator("milestones", mode="before")
-    @classmethod
-    def _fractions(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        found = [parse_number(milestone) for milestone in cast("list[Any] | tuple[Any, ...]", value)]
-        for milestone in found:
-            if isinstance(milestone, int | float) and not 0 < milestone < 1:
-                raise ValueError(f"are fractions of the run, such as 100/200 for epoch 100 of 200, got {milestone:g}.")
-        return found
+    _read_milestones = field_validator("milestones", mode="before")(parse_fractions)
 
 
 def _known_augmentation(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """One training step, top to bottom: batch -> attack -> views -> objective -> update."""
 
-from collections.abc import Callable, Collection, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -295,9 +295,8 @@ class Step:
         with self.precision():
             if features not in wanted:
                 return {logits: _at_least_float32(self.call(network, x))}
-            with last_linear_input(network) as captured:
-                output = network(x)
-            return {logits: _at_least_float32(output), features: _at_least_float32(captured[-1])}
+            found = logits_and_features(network, x)
+        return {name: _at_least_float32(value) for name, value in zip((logits, features), found, strict=True)}
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -314,25 +313,23 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
-def feature_size(network: nn.Module) -> int:
-    """How wide the network's features are; 0 where it has no linear layer to read them from."""
-    linears = _linears(network)
-    return linears[-1].in_features if linears else 0
+def logits_and_features(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) of images x, and their features (B, D): what goes into the last linear layer that the pass calls.
 
+    Raises:
+        InputError: it calls none on a row of numbers for each image.
+    """
+    inputs: list[Tensor] = []
 
-def _linears(network: nn.Module) -> list[nn.Linear]:
-    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+    def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[:] = arguments[:1]
 
-
-@contextmanager
-def last_linear_input(network: nn.Module) -> Generator[list[Tensor]]:
-    """Collect what goes into the network's last linear layer, (B, D) for each pass in the body."""
-    linears = _linears(network)
-    if not linears:
-        raise InputError(f"{type(network).__name__} has no linear layer to read features from.")
-    captured: list[Tensor] = []
-    handle = linears[-1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    hooks = [one.register_forward_pre_hook(note) for one in network.modules() if isinstance(one, nn.Linear)]
     try:
-        yield captured
+        logits = network(x)
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
+    if not inputs or inputs[0].ndim != 2 or len(inputs[0]) != len(x):
+        raise InputError(f"{type(network).__name__} has no linear layer at its end to read features from.")
+    return logits, inputs[0]

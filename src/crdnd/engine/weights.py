@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[
 from crdnd.attacks import true_float32
 from crdnd.data import ImageData
 from crdnd.models import evaluating
+from crdnd.random import permutation
 
 _TINY = 1e-12
 
@@ -45,7 +46,9 @@ def reestimate_batch_norm(network: nn.Module, data: ImageData, batch_size: int) 
         try:
             # An incomplete last batch would count as much as a whole one, and might have one image.
             whole = len(data) // batch_size * batch_size or len(data)
-            for ids in torch.arange(whole, device=data.device).split(batch_size):
+            # In a random order: of data sorted by class, a batch would not have the variance between classes.
+            order = permutation(len(data), "batch norm")[:whole].to(data.device)
+            for ids in order.split(batch_size):
                 network(data.batch(ids)[0])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from crdnd.attacks import Attack, Sequence, adversarial, load_attack, true_float32
 from crdnd.config import build
-from crdnd.models import evaluating, has_gradients
+from crdnd.models import evaluating, lets_gradients_through
 from crdnd.threat import Norm, ThreatModel
 
 HALVINGS = 7
@@ -33,8 +33,8 @@ def nearest_adversarial(model: nn.Module, x: Tensor, *, norm: Norm, bound: float
     Raises:
         InputError: the bound is not plausible for this norm.
     """
-    build(ThreatModel, {"norm": norm, "eps": bound}, where="distance")
-    attack = _attack(gradients=has_gradients(model))
+    build(ThreatModel, {"norm": norm, "eps": bound}, where="distance").check_for(x.shape[1:])
+    attack = _attack(gradients=lets_gradients_through(model, x))
     with true_float32(), evaluating(model), torch.no_grad():
         y = model(x).argmax(1)
     nearest = x.new_full((len(x),), torch.inf)

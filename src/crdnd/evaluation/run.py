@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -37,7 +37,7 @@ from crdnd.evaluation.result import (
     SweepPoint,
 )
 from crdnd.io import sha256
-from crdnd.models import Normalized, device_of, evaluating, has_gradients, parameter_count, weights_sha256
+from crdnd.models import Normalized, device_of, evaluating, lets_gradients_through, parameter_count, weights_sha256
 from crdnd.threat import ThreatModel
 
 
@@ -124,7 +124,7 @@ def evaluate(
         _check_surrogate(surrogate, images, num_classes)
     images = images.to(device_of(model))
     chosen = choose_attacks(attacks)
-    differentiable = has_gradients(model) and _lets_gradients_through(model, images)
+    differentiable = lets_gradients_through(model, _few(images))
     notes: list[str] = []
     if not differentiable:
         chosen, notes = without_gradients(chosen, with_surrogate=surrogate is not None)
@@ -198,9 +198,12 @@ def evaluate(
 
 def _check_surrogate(surrogate: nn.Module, images: ImageData, num_classes: int) -> None:
     """It must take these images and know as many classes as the model."""
-    if not has_gradients(surrogate):
-        raise InputError("surrogate: is an ONNX file without gradients, which transfer needs; give the model it is of.")
     found = check_model(surrogate, images, "surrogate", probabilities=True)
+    if not lets_gradients_through(surrogate, _few(images)):
+        raise InputError(
+            "surrogate: lets no gradient through to its images, as an ONNX file, and transfer needs it; give the model "
+            "that it is of."
+        )
     if found != num_classes:
         raise InputError(f"surrogate: has {found} classes, but the model has {num_classes}; they must be the same.")
     # Its normalisation would make three channels of one.
@@ -249,7 +252,8 @@ def _run(
         chosen_too = choose_attacks(["transfer"]) if surrogate is not None else {}
         transfer = _with_surrogate(chosen_too, surrogate).get("transfer")
         for column in check_columns(threat, images.shape, transfer):
-            runner.run(column)
+            if all(name in runner.verdicts for name in column.after):  # an own `autoattack` may have other parts
+                runner.run(column)
     for eps in sweep:  # upwards: what falls at one eps falls at every larger one
         for name, attack in chosen.items():
             standing = runner.run(Column(_sweep_column(eps, name), attack, _wider(threat, eps)), start=standing)
@@ -285,16 +289,8 @@ def _in_eval_mode(model: nn.Module) -> Classifier:
     return logits
 
 
-def _lets_gradients_through(model: nn.Module, images: ImageData) -> bool:
-    """Whether autograd knows of any way from the images to the logits, be it a wrong one."""
-    x, _ = images.batch(torch.arange(min(2, len(images)), device=images.device))
-    x = x.detach().requires_grad_(True)
-    with evaluating(model), torch.enable_grad():
-        total = model(x).sum()
-    if not total.requires_grad:
-        return False
-    (gradient,) = cast("tuple[Tensor | None]", torch.autograd.grad(total, x, allow_unused=True))
-    return gradient is not None
+def _few(images: ImageData) -> Tensor:
+    return images.batch(torch.arange(min(2, len(images)), device=images.device))[0]
 
 
 def make_protocol(

@@ -19,7 +19,7 @@ from crdnd.models._folder import (
     state,
     weights_sha256,
 )
-from crdnd.models._foreign import OnnxModel, has_gradients, load_weights, resolve_model
+from crdnd.models._foreign import OnnxModel, has_gradients, lets_gradients_through, load_weights, resolve_model
 from crdnd.models._hub import EVALUATION, EXPORTS, PAGE, Pulled, exported_files, parse_hub, pull_model, push_files
 from crdnd.models._named import NORMALIZATION, StatedNormalization
 from crdnd.models._remote import is_remote, local_model, remote_name
@@ -52,6 +52,7 @@ __all__ = [
     "input_shape",
     "is_model_folder",
     "is_remote",
+    "lets_gradients_through",
     "load_model",
     "load_tensors",
     "load_weights",

@@ -13,7 +13,14 @@ from crdnd.objectives._base import (
     View,
     Views,
 )
-from crdnd.objectives._inner import INNER_LOSSES, InnerLoss, attack_needs, needs_second_teacher, needs_teacher
+from crdnd.objectives._inner import (
+    INNER_LOSSES,
+    InnerLoss,
+    attack_needs,
+    needs_second_teacher,
+    needs_teacher,
+    needs_teacher_gradients,
+)
 
 __all__ = [
     "INNER_LOSSES",
@@ -32,6 +39,7 @@ __all__ = [
     "load_objective",
     "needs_second_teacher",
     "needs_teacher",
+    "needs_teacher_gradients",
     "objective_names",
 ]
 

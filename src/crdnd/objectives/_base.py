@@ -126,6 +126,8 @@ class Sizes:
     """D of `t_nat_features`; 0 without a teacher."""
     samples: int
     """How many training images there are; their ids are below it."""
+    seed: int = 0
+    """Of initial weights."""
 
 
 class Processes:

@@ -41,6 +41,11 @@ def needs_teacher(method: Objective | type[Objective], attack: TrainingAttack | 
     return any(view.startswith("t_") for view in method.needs | attack_needs(attack))
 
 
+def needs_teacher_gradients(method: Objective | type[Objective], attack: TrainingAttack | None) -> bool:
+    """Whether a method with this training attack looks at how a teacher's predictions change with its images."""
+    return "t_adv" in attack_needs(attack) or "t_linear" in method.needs | attack_needs(attack)
+
+
 def needs_second_teacher(method: Objective | type[Objective]) -> bool:
     """Whether a method looks at a second teacher."""
     return any(view.startswith("t2_") for view in method.needs)

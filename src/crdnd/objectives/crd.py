@@ -48,12 +48,12 @@ class Side(nn.Module):
     bank: Tensor
     log_z: Tensor
 
-    def __init__(self, name: str, features: int, samples: int, dimensions: int) -> None:
+    def __init__(self, name: str, features: int, sizes: Sizes, dimensions: int) -> None:
         super().__init__()
         # Uniform on +-1/sqrt(features), as a linear layer begins; the last column is the bias.
-        draws = Stream.of("crd", name, "head", ids=torch.arange(dimensions)).uniform((features + 1,))
+        draws = Stream.of("crd", name, "head", sizes.seed, ids=torch.arange(dimensions)).uniform((features + 1,))
         self.head = nn.Parameter((2 * draws - 1) / math.sqrt(features))
-        points = Stream.of("crd", name, "bank", ids=torch.arange(samples)).normal((dimensions,))
+        points = Stream.of("crd", name, "bank", sizes.seed, ids=torch.arange(sizes.samples)).normal((dimensions,))
         self.register_buffer("bank", F.normalize(points, dim=1))
         self.register_buffer("log_z", torch.zeros(()))
 
@@ -89,8 +89,8 @@ class CRD(Objective):
         if sizes is None or sizes.samples < 2:
             raise InputError("objective crd: needs `sizes`, with 2 samples or more; give sizes=Sizes(...).")
         self.samples = sizes.samples
-        self.student = Side("student", sizes.student_features, sizes.samples, self.settings.dimensions)
-        self.teacher = Side("teacher", sizes.teacher_features, sizes.samples, self.settings.dimensions)
+        self.student = Side("student", sizes.student_features, sizes, self.settings.dimensions)
+        self.teacher = Side("teacher", sizes.teacher_features, sizes, self.settings.dimensions)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     def terms(self, v: Views) -> LossTerms:

@@ -20,9 +20,10 @@ both fall together. The extended version's temperatures, which balance the teach
 """
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from crdnd.config import parse_fractions
 from crdnd.losses import kl
 from crdnd.objectives._base import LossTerms, Objective, ObjectiveSettings, Sizes, TrainingAttack, Views
 
@@ -37,6 +38,8 @@ class Settings(ObjectiveSettings):
         default=(215 / 300, 260 / 300, 285 / 300),
         description="Where `rate` falls to a tenth, as fractions of the run: epochs 215, 260 and 285 of 300.",
     )
+
+    _read_drops = field_validator("drops", mode="before")(parse_fractions)
 
 
 class MTARD(Objective):
