@@ -111,11 +111,15 @@ def _signs(uniform: Tensor) -> Tensor:
     return torch.where(uniform < 0.5, -1.0, 1.0)
 
 
-def _window(corner: Tensor, size: int, extent: int) -> Tensor:
-    """Which places of an axis a window covers; corner uniform in [0, 1). (B,) -> bool (B, extent)."""
-    first = (corner * (extent - size + 1)).long()[:, None]
-    places = torch.arange(extent, device=corner.device)
-    return (places >= first) & (places < first + size)
+def _first(corner: Tensor, size: int | Tensor, extent: int) -> Tensor:
+    """Where on an axis windows of a size begin; corner uniform in [0, 1), int64 of its shape."""
+    return (corner * (extent - size + 1)).long()
+
+
+def _covered(first: Tensor, size: int | Tensor, extent: int) -> Tensor:
+    """Which places of an axis windows cover. (...) -> bool (..., extent)."""
+    places = torch.arange(extent, device=first.device)
+    return (places >= first[..., None]) & (places < (first + size)[..., None])
 
 
 def _stripes(x: Tensor, eps: float, stream: Stream) -> Tensor:
@@ -137,9 +141,12 @@ class _Squares:
     def __init__(self, x: Tensor, eps: float, draws: Tensor, shares: Sequence[float]) -> None:
         channels, height, width = x.shape[1:]
         sizes = [min(max(round(math.sqrt(share * height * width)), 1), height, width) for share in shares]
+        size = torch.tensor(sizes, device=x.device)
         self.low, self.high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-        self.rows, self.columns = _windows(draws[..., 0], sizes, height), _windows(draws[..., 1], sizes, width)
-        self.rows, self.columns = self.rows.to(x.dtype), self.columns.to(x.dtype)
+        self.rows, self.columns = (
+            _covered(_first(draws[..., axis], size, extent), size, extent).to(x.dtype)
+            for axis, extent in enumerate((height, width))
+        )
         self.up = (draws[..., _DRAWS : _DRAWS + channels, None, None] >= 0.5).to(x.dtype)
 
     def keep(self, rows: Tensor) -> None:
@@ -152,14 +159,6 @@ class _Squares:
         inside = self.rows[:, query, :, None] * self.columns[:, query, None, :]
         # At weights of 0 and 1 this is a choice, and on a CPU a much faster one than by a mask.
         return torch.lerp(best, torch.lerp(self.low, self.high, self.up[:, query]), inside[:, None])
-
-
-def _windows(corner: Tensor, sizes: Sequence[int], extent: int) -> Tensor:
-    """Which places of an axis the queries' windows cover; corner uniform in [0, 1). (B, Q) -> bool (B, Q, extent)."""
-    size = torch.tensor(sizes, device=corner.device)
-    first = (corner * (extent - size + 1)).long()[..., None]
-    places = torch.arange(extent, device=corner.device)
-    return (places >= first) & (places < first + size[:, None])
 
 
 @functools.cache
@@ -218,15 +217,13 @@ def _move(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> T
     size = max(round(math.sqrt(share * height * width)), 3)
     size = min(size + 1 - size % 2, height, width)
     delta = best - x
-    top, left = (draws[:, :2] * draws.new_tensor([height - size + 1, width - size + 1])).long().unbind(1)
+    top, left = _first(draws[:, 0], size, height), _first(draws[:, 1], size, width)
     offsets = torch.arange(size, device=x.device)
     rows, columns = top[:, None] + offsets, left[:, None] + offsets
     sample = torch.arange(len(x), device=x.device)[:, None, None]
     to = (sample, slice(None), rows[:, :, None], columns[:, None, :])
-    from_rows, from_columns = _window(draws[:, 2], size, height), _window(draws[:, 3], size, width)
-    away = (from_rows[:, :, None] & from_columns[:, None, :])[:, None]
-    to_mask = _span(top, size, height)[:, None, :, None] & _span(left, size, width)[:, None, None, :]
-    mass = (delta.square() * (away | to_mask)).sum((2, 3), keepdim=True)
+    away = _rectangle(_first(draws[:, 2], size, height), _first(draws[:, 3], size, width), size, x)
+    mass = (delta.square() * (away | _rectangle(top, left, size, x))).sum((2, 3), keepdim=True)
     spare = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
     signs = _signs(draws[:, _DRAWS : _DRAWS + channels]).to(x.dtype)[:, :, None, None]
     bump = _bump(size).to(x)
@@ -239,9 +236,10 @@ def _move(x: Tensor, best: Tensor, eps: float, share: float, draws: Tensor) -> T
     return (x + eps * _unit(delta, (1, 2, 3))).clamp(0, 1)
 
 
-def _span(first: Tensor, size: int, extent: int) -> Tensor:
-    places = torch.arange(extent, device=first.device)
-    return (places >= first[:, None]) & (places < first[:, None] + size)
+def _rectangle(top: Tensor, left: Tensor, size: int, x: Tensor) -> Tensor:
+    """Which pixels of images x lie in the windows that begin there. (B,), (B,) -> bool (B, 1, H, W)."""
+    rows, columns = _covered(top, size, x.shape[2]), _covered(left, size, x.shape[3])
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def _unit(z: Tensor, axes: tuple[int, ...]) -> Tensor:
