@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crdnd import ImageData, InputError, ThreatModel, evaluate
+from crdnd import ImageData, InputError, ThreatModel, create_model, evaluate
 from crdnd.attacks import Attack, load_attack
 from crdnd.evaluation import Check, Row, choose_attacks
 from crdnd.evaluation import _checks as checks
@@ -431,6 +431,28 @@ def test_normalisation_is_looked_for_in_parts_with_the_result_of_the_whole(size)
     assert check.number == pytest.approx(100 * gained / 40)
     assert gained > 4
     assert max(vars(data)["alive"]) <= 1
+
+
+@pytest.mark.parametrize(("gained", "inside", "suspicious"), [(4, False, False), (20, False, True), (20, True, False)])
+def test_a_gain_within_noise_or_over_a_normalisation_inside_the_model_is_no_lack_of_one(gained, inside, suspicious):
+    x, shape = images(40, dtype=torch.float32), images(1).shape[1:]
+    numbers = {"mean": [0.5] * 3, "std": [0.25] * 3} if inside else {"mean": [0.0] * 3, "std": [1.0] * 3}
+    model = create_model("cnn", input_shape=tuple(shape), num_classes=CLASSES, width=2, **numbers)
+    model.network = TinyNet(seed=2, dtype=torch.float32)
+    with torch.no_grad():
+        natural, changed = model(x).argmax(1), model(255 * x).argmax(1)
+    differ = (natural != changed).nonzero()[:, 0]
+    assert len(differ) >= 20
+    y = (changed + 1) % CLASSES  # wrong either way, but for those below
+    y = torch.where(y == natural, (y + 1) % CLASSES, y)
+    same = natural == changed
+    y[same] = torch.where(torch.arange(int(same.sum())) % 2 == 0, natural[same], y[same])
+    y[differ[:gained]] = changed[differ[:gained]]
+    clean = (natural == y).to(torch.int8)
+    look = Evidence(model, ImageData(x, y, CLASSES), THREAT, 0, 40, {"clean": clean}, gradients=True)
+    (check,) = [check for check in run_checks(look) if check.name == "normalisation"]
+    assert check.number >= 100 * gained / 40
+    assert check.suspicious == suspicious
 
 
 @pytest.mark.parametrize(("missing", "suspicious"), [(2, False), (3, True)])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdnd.data import ImageData, as_data, data_names, load_data, load_info, stratified
+from crdnd.data import ImageData, Splits, as_data, data_names, hold_out, load_data, load_info, stratified
 from crdnd.errors import InputError
 from support import BATCH, SHAPE, images
 
@@ -173,7 +173,6 @@ def with_pixel(value):
         (images(dtype=torch.float32), LABELS[:, None], r"6 images need labels of shape \(6,\), got \(6, 1\)"),
         (images(dtype=torch.float32)[0], LABELS[:3], r"must have shape \(N, C, H, W\), got \(3, 4, 7\)"),
         (images(dtype=torch.float32)[:0], LABELS[:0], r"there are no images"),
-        (images(dtype=torch.float32), LABELS * 0, r"only one class; a classifier needs at least 2"),
     ],
 )
 def test_unusable_data_is_refused_in_one_line_that_names_it(x, y, message):
@@ -188,12 +187,47 @@ def test_unusable_data_is_refused_in_one_line_that_names_it(x, y, message):
     [
         (LABELS, 4, r"label 4 is out of range; labels must be 0 \.\. 3"),
         (LABELS - 2, 4, r"label -2 is out of range; labels must be 0 \.\. 3"),
-        (LABELS * 0, 1, r"only one class"),
     ],
 )
 def test_labels_must_fit_the_given_number_of_classes(y, num_classes, message):
     with pytest.raises(InputError, match=message):
         ImageData(images(dtype=torch.float32), y, num_classes)
+
+
+def test_one_class_can_be_measured_and_not_learned():
+    one = ImageData(images(dtype=torch.float32), LABELS * 0)
+    assert one.num_classes == 1
+    with pytest.raises(InputError, match=r"data: there is only one class; a classifier needs at least 2"):
+        Splits(one, one)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "held"), [((6, 6), 1, [1, 1]), ((100, 6, 4), 6, [6, 1, 0]), ((50, 50), 10, [5, 5])]
+)
+def test_no_class_that_can_spare_an_image_is_left_out_of_validation(sizes, count, held):
+    y = torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
+    kept, validation = hold_out(y, count, "test", 3)
+    assert y[validation].bincount(minlength=len(sizes)).tolist() == held
+    assert torch.cat([kept, validation]).sort().values.tolist() == list(range(len(y)))
+    assert torch.equal(validation, validation.sort().values)
+
+
+def test_half_precision_becomes_single():
+    half = ImageData(images(dtype=torch.float16), LABELS)
+    assert half.x.dtype == torch.float32
+    assert ImageData(images(), LABELS).x.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ((images().numpy(), LABELS.numpy()), r"got ndarray, ndarray; torch\.from_numpy makes them of arrays"),
+        (Splits(ImageData(images(), LABELS), ImageData(images(), LABELS)), r"got Splits; give a part of it, such as"),
+    ],
+)
+def test_what_is_nearly_data_is_refused_with_what_makes_it_some(given_, message):
+    with pytest.raises(InputError, match=message):
+        as_data(given_)
 
 
 def test_the_number_of_classes_is_counted_or_given():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import crdnd.data
-from crdnd.data import load_data, load_test, read_images
+from crdnd.data import image_files, image_shape, load_data, load_test, read_image, read_images, read_splits
 from crdnd.errors import InputError
 
 # No two of these are equal, and none is 1 or 3, the numbers of channels.
@@ -127,7 +127,6 @@ X = pixels(N, 3, H, W)
         ({"x": X, "y": LABELS[:-1]}, r"some_set: 7 images need labels of shape \(7,\), got \(6,\)"),
         ({"x": X, "y": np.eye(K, dtype=int)[LABELS]}, r"need labels of shape \(7,\), got \(7, 4\)"),
         ({"x": X, "y": LABELS - 1}, r"some_set: label -1 is out of range"),
-        ({"x": X, "y": LABELS * 0}, r"there is only one class"),
         ({"x": X.astype(np.int64), "y": LABELS}, r"images must be uint8 in 0 \.\. 255 or floating point .*got int64"),
         ({"x": X.astype(complex), "y": LABELS}, r"images must be uint8.*got complex128"),
         ({"x": X.astype(np.float32), "y": LABELS}, r"some_set: pixels range from 0 to 255 .*divide by 255"),
@@ -188,6 +187,13 @@ def test_a_damaged_npz_is_refused(tmp_path):
     refusal(file, r"is not a readable \.npz file \(Bad CRC-32")
 
 
+@pytest.mark.parametrize("content", [b"x,y\n1,2\n", b"PNG or not", b"\x89PNG\r\n\x1a\n", b"{}"])
+def test_what_is_no_npz_is_not_said_to_hold_code(tmp_path, content):
+    file = tmp_path / "a.npz"
+    file.write_bytes(content)
+    refusal(file, r"a\.npz: is not a readable \.npz file; write one with numpy\.savez\(file, x=images, y=labels\)\.$")
+
+
 def test_a_single_array_under_the_name_of_an_npz_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", X)
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
@@ -201,6 +207,19 @@ def save(path, array, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return path
+
+
+def test_an_image_is_read_by_a_path_in_text_too(tmp_path):
+    file = save(tmp_path / "a" / "1.png", pixels(H, W, 3))
+    (tmp_path / "a" / "2.png").write_bytes(file.read_bytes()[:60])
+    assert np.array_equal(read_image(str(file)), read_image(file))
+    assert image_shape(str(file)) == image_shape(file) == (H, W, 3)
+    assert list(image_files(str(tmp_path))) == list(image_files(tmp_path)) == [file, file.with_name("2.png")]
+    for read in (read_image, image_shape):
+        for name, message in (("nope.png", "No such file or directory"), ("a/2.png", "truncated")):
+            with pytest.raises(InputError, match=rf"{name}: is not a readable image \(.*{message}.*\)\.$") as error:
+                read(str(tmp_path / name))
+            assert "\n" not in str(error.value)
 
 
 def test_classes_are_folders_and_take_turns(tmp_path):
@@ -384,9 +403,12 @@ def test_a_folder_without_images_says_what_is_expected(tmp_path):
     refusal(tmp_path, r"has no images")
 
 
-def test_one_class_is_no_classification(tmp_path):
-    save(tmp_path / "a" / "1.png", pixels(H, W))
-    refusal(tmp_path, r"there is only one class")
+def test_one_class_is_no_classification_but_can_be_measured(tmp_path):
+    for index in range(12):
+        save(tmp_path / "a" / f"{index}.png", pixels(H, W))
+    assert read_images(tmp_path).class_names == ("a",)
+    with pytest.raises(InputError, match=r"there is only one class; a classifier needs at least 2"):
+        read_splits(tmp_path)
 
 
 # --- CIFAR's binary version -------------------------------------------------------------------------------------------

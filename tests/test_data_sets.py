@@ -632,7 +632,7 @@ def test_an_npz_holds_training_data_and_perhaps_test_data(train, tmp_path):
     np.savez(tmp_path / "alone.npz", **arrays)
     np.savez(tmp_path / "both.npz", **arrays, x_test=pixels(6, 5, 9, 3), y_test=np.arange(6) % 4)
     alone, both = (load_data(str(tmp_path / f"{name}.npz")) for name in ("alone", "both"))
-    assert (len(alone.train), len(alone.validation), alone.test) == (18, 2, None)
+    assert (len(alone.train), len(alone.validation), alone.test) == (16, 4, None)
     assert alone.sha256 == both.sha256
     assert np.array_equal(both.test.x.permute(0, 2, 3, 1).numpy(), pixels(6, 5, 9, 3))
     assert both.test.sha256 == load_test(str(tmp_path / "both.npz")).sha256
@@ -776,6 +776,44 @@ def test_data_show_draws_every_class_with_its_own_images(crdnd, tmp_path):
     rows = [np.nonzero((picture == colour).all(2).any(1))[0] for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
     assert all(len(row) == 48 for row in rows), "6 pixels are enlarged eightfold"
     assert rows[0].max() < rows[1].min() <= rows[1].max() < rows[2].min()
+
+
+def test_data_show_draws_photographs_of_any_size(crdnd, tmp_path):
+    for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            size = (30 + number, 41 - number % 3)
+            Image.new("RGB", size, colour).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "photos" / "red" / "0.png").write_bytes(b"damaged")
+    sheet = tmp_path / "s.png"
+    status, out, err = crdnd("data", "show", str(tmp_path / "photos"), "--out", str(sheet), "--per-class", "3")
+    assert status == 0, err
+    assert "2 classes" in out
+    picture = np.array(Image.open(sheet)).astype(int)
+    seen = [np.nonzero((picture == colour).all(2)) for colour in ((0, 0, 200), (200, 0, 0))]
+    assert all(len(np.unique(rows)) == 96 and len(np.unique(columns)) == 3 * 96 for rows, columns in seen)
+    assert seen[0][0].max() < seen[1][0].min()
+
+
+def test_data_show_draws_images_of_one_size_pixel_by_pixel(crdnd, tmp_path):
+    image = np.zeros((6, 6, 3), np.uint8)
+    image[:, :3, 0], image[:, 3:, 2] = 200, 200
+    for file in [tmp_path / "tiny" / name / f"{number}.png" for name in "ab" for number in range(4)]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    status, _, err = crdnd("data", "show", str(tmp_path / "tiny"), "--out", str(tmp_path / "s.png"))
+    assert status == 0, err
+    red, green, blue = np.moveaxis(np.array(Image.open(tmp_path / "s.png")), 2, 0)
+    assert ((red == 200) & (green == 0) & (blue == 0)).any()
+    assert not ((red > 0) & (green == 0) & (blue > 0)).any(), "between them would be purple"
+
+
+def test_data_show_writes_a_png_and_says_so_before_it_reads(crdnd, tmp_path):
+    for name in ("sheet.xyz", "sheet", "sheet.jpg"):
+        status, out, err = crdnd("data", "show", "nowhere", "--out", str(tmp_path / "new" / name))
+        assert (status, out) == (2, "")
+        assert err == f"error: out: the picture is a PNG, so its name ends in .png, got {name}.\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_takes_data_from_a_folder_without_keeping_the_place(crdnd, tmp_path, monkeypatch):

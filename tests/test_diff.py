@@ -1,12 +1,15 @@
 """Two models on the same samples: the paired interval covers what it should, and only like is compared with like."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from crdnd import ImageData, InputError, Results, ThreatModel, evaluate
+from crdnd.cli import main
 from crdnd.evaluation import compare, paired_difference
 from support import CLASSES, TinyNet, images
 
@@ -137,3 +140,24 @@ def test_results_without_verdicts_are_refused():
     for first, second in ((one, old), (old, one)):
         with pytest.raises(InputError, match="have no verdicts for each sample; run `crdnd evaluate` again"):
             pair(first, second)
+
+
+def diff(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["diff", *(str(argument) for argument in arguments)])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_a_folder_stands_for_the_evaluation_in_it(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("mine", 2), ("student", 4)):
+        Path(name).mkdir()
+        Path(name, "evaluation.json").write_text(measured(seed).to_json())
+    status, out, err = diff(capsys, "mine", "student/evaluation.json", "--json")
+    assert status == 0, err
+    assert json.loads(out)["clean"]["points"] == pytest.approx(pair(measured(2), measured(4))["clean"].points)
+    Path("student", "evaluation.json").unlink()
+    status, out, err = diff(capsys, "mine", "student")
+    assert (status, out) == (2, "")
+    command = "crdnd evaluate student --out student/evaluation.json"
+    assert err == f"error: student: has no evaluation.json; write it with `{command}`.\n"

@@ -821,6 +821,59 @@ def test_a_prediction_is_classes_and_probabilities():
     assert not found.probabilities.requires_grad
 
 
+def test_bytes_and_half_precision_are_predicted_as_what_they_stand_for():
+    model, x = TinyNet(seed=1, dtype=torch.float32), (255 * data().x).round().byte()
+    expected = predict(model, x.float() / 255)
+    assert torch.equal(predict(model, x).probabilities, expected.probabilities)
+    half = (x.float() / 255).half()
+    assert torch.equal(predict(model, half).probabilities, predict(model, half.float()).probabilities)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: 255 * x, r"images: pixels range from .* must lie in \[0, 1\]; divide by 255"),
+        (lambda x: x * float("nan"), r"images: images contain NaN"),
+        (lambda x: x.double(), r"model: cannot process .*; the images are torch\.float64, so make them torch\.float32"),
+        (lambda x: x[:, :2], r"model: cannot process images of shape \(2,"),
+        (lambda x: x[0], r"must have shape \(N, C, H, W\)"),
+        (lambda x: ["a.png"], r"images: must be a tensor \(B, C, H, W\), got list; crdnd\.data\.read_image reads one"),
+        (lambda x: x.numpy(), r"images: must be a tensor \(B, C, H, W\), got ndarray"),
+    ],
+)
+def test_images_that_cannot_be_predicted_are_refused_in_one_line(change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        predict(TinyNet(seed=1, dtype=torch.float32), change(data(dtype=torch.float32).x))
+    assert "\n" not in str(caught.value)
+
+
+class Held:
+    """Like a run, which holds its model."""
+
+    model = TinyNet()
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ("runs/student", "model: must be a torch.nn.Module, got str; make one with load_model"),
+        (Held(), "give its .model"),
+    ],
+)
+@pytest.mark.parametrize("call", [predict, lambda model, x: evaluate(model, (x, x[:, 0, 0, 0].long()), threat=THREAT)])
+def test_what_only_names_or_holds_a_model_is_refused(call, given_, message):
+    with pytest.raises(InputError, match=message):
+        call(given_, data().x)
+
+
+def test_a_threat_model_is_also_its_settings_and_attacks_one_name():
+    one = evaluate(TinyNet(), data(), threat=THREAT, attacks="fgsm")
+    other = evaluate(TinyNet(), data(), threat={"norm": THREAT.norm, "eps": str(THREAT.eps)}, attacks=["fgsm"])
+    assert one == other
+    with pytest.raises(InputError, match="threat: eps=8 reaches over the whole pixel range"):
+        evaluate(TinyNet(), data(), threat={"eps": 8}, attacks="fgsm")
+
+
 def test_examples_are_what_the_evaluation_judges():
     model, sample = TinyNet(seed=2, dtype=torch.float32), data(dtype=torch.float32)
     attack = watched("cw_inf")
@@ -906,6 +959,12 @@ def colour_model_of_any_size() -> nn.Module:
     return model
 
 
+def detached(how: str) -> nn.Module:
+    model = Detached(how)
+    model.network = TinyNet(CLASSES, 1, dtype=torch.float32)
+    return model
+
+
 SURROGATES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fewer classes": (
         lambda: TinyNet(CLASSES - 1, 1, dtype=torch.float32), "surrogate: has 4 classes, but the data has 5",
@@ -919,10 +978,8 @@ SURROGATES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(71, CLASSES)), r"surrogate: cannot process images of shape \(1,",
     ),
     "no logits": (nn.Identity, r"surrogate: must return logits \(B, K\)"),
-    "no gradients": (lambda: Detached("declared"), "surrogate: lets no gradient through to its images"),
-    "no gradients by chance": (
-        lambda: Detached("no_grad"), "surrogate: lets no gradient through to its images",
-    ),
+    "no gradients": (lambda: detached("declared"), "surrogate: lets no gradient through to its images"),
+    "no gradients by chance": (lambda: detached("no_grad"), "surrogate: lets no gradient through to its images"),
 }  # fmt: skip
 
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import importlib
 import json
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import crdnd.export.document as documents
 import crdnd.export.run as running
 from crdnd.attacks import adversarial, load_attack
 from crdnd.cli import main
@@ -23,6 +25,7 @@ from crdnd.export._int8 import quantised, twin_of
 from crdnd.export._measured import Differentiable, Verdicts, largest_difference, probe
 from crdnd.export._onnx import joined, onnx_graph
 from crdnd.export._program import Fitting, Whole, folded, plain_module, traced
+from crdnd.io import cannot_write
 from crdnd.models import ModelCard, OnnxModel, create_model, fitted, model_names, resolve_model, save_model
 from crdnd.threat import ThreatModel
 from support import CLASSES, TinyNet, generator
@@ -439,6 +442,43 @@ def test_the_table_says_what_a_file_costs(crdnd, photographs, monkeypatch):
     for words in ("s.pt2 (program", "n = 9", "worst case", "pgd_sat (model)", "square", "batch of 64", "x as fast"):
         assert words in out
     assert isinstance(resolve_model("s.pt2"), nn.Module)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(crdnd, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in ("s.onnx", "t.onnx.json"):
+        (tmp_path / folder).mkdir()
+    places = [
+        ("file/m.onnx", "error: file: cannot be written"),
+        ("s.onnx", "error: out: s.onnx is a folder; name a file"),
+        ("t.onnx", "error: out: t.onnx.json is a folder; choose another --out"),
+        ("m.onnx", "error: m.onnx: cannot be written (Read-only file system); choose another place"),
+    ]
+    for name, message in places:
+        if name == "m.onnx":
+
+            def refused(*_, **__):
+                raise OSError(errno.EROFS, "Read-only file system")
+
+            monkeypatch.setattr(running.tempfile, "TemporaryFile", refused)
+        status, _, err = crdnd("export", "nowhere", "--to", "onnx", "--out", name, "--fresh")
+        assert (status, err.startswith(message), err.count("\n")) == (2, True, 1), err
+
+
+def test_a_model_folder_that_cannot_be_written_loses_no_export(crdnd, photographs, monkeypatch, caplog):
+    def refused(path, _):
+        raise cannot_write(path, OSError(errno.EROFS, "Read-only file system"))
+
+    monkeypatch.setattr(documents, "atomic_write_text", refused)
+    status, out, err = crdnd("export", "run", "--to", "program", "--out", "s.pt2", "--square-queries", "3")
+    assert status == 0, err
+    assert "worst case" in out
+    assert Export.model_validate_json(Path("s.pt2.json").read_text()).n == 6
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "crdnd"]
+    assert "s.pt2 is complete, but" in said
+    assert "exports.json: cannot be written (Read-only file system)" in said
+    assert "\n" not in said
+    assert read_exports(photographs / "run") == []
 
 
 def test_the_files_parts_have_the_names_that_others_call_them_by():

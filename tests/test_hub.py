@@ -245,7 +245,9 @@ def test_what_the_hub_refuses_is_one_line(hub, folder, tmp_path, capsys, monkeyp
     pull = ("pull", REPOSITORY, "--out", tmp_path / "pulled")
     refused(capsys, 2, "no such model at the hub", *pull)
     refused(capsys, 2, "refuses .*rights to create", "push", folder, "foreign/model")
-    refused(capsys, 2, "is written as", "push", folder, "name")
+    for command in (("push", folder, "name", "--dry-run"), ("pull", "name", "--out", tmp_path / "pulled")):
+        refused(capsys, 2, "is written as owner/name, or owner/name@revision", *command)
+    refused(capsys, 2, "is written as hf:owner/name, or hf:owner/name@revision", "push", folder, "hf:name")
     refused(capsys, 2, "license: must be", "push", folder, REPOSITORY, "--license", "My License")
     refused(capsys, 2, "revision: is named twice", "push", folder, f"{REPOSITORY}@a", "--revision", "b")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

@@ -16,7 +16,7 @@ from crdnd.errors import InputError
 from crdnd.evaluation.result import Protocol, Row
 from crdnd.report import leaderboard, write_comparison
 from crdnd.report.comparison import CellResult, Choice, Comparison, Trial, load_comparison
-from crdnd.report.leaderboard import escaped, estimate, notes, tables, to_csv, to_latex
+from crdnd.report.leaderboard import Estimate, escaped, estimate, notes, tables, to_csv, to_latex
 
 ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf", "autoattack")
 T_2 = 4.302652729749464  # 97.5% quantile of Student's t with 2 degrees of freedom, from tables: 4.3027
@@ -124,6 +124,35 @@ def test_one_seed_has_no_interval():
     assert "±" not in shown.replace("± their", "")
     assert not re.search(r"\[[+-]?\d+\.", shown)
     assert r"\pm" not in to_latex(board)
+
+
+def test_seeds_that_are_all_equal_have_no_interval(tmp_path):
+    """A t interval of width zero would say that the mean is known exactly."""
+    cells = [cell("rslad", seed, worst) for seed, worst in enumerate((58, 70))]
+    cells += [cell("ard", seed, worst) for seed, worst in enumerate((110, 122))]
+    cells += [cell("iad", seed, 90) for seed in (0, 1)]
+    document = comparison(cells)
+    found = entries(document)
+    (pair,) = found["ard", "big"].differences
+    for estimated in (pair.columns["worst_case"], found["iad", "big"].columns["worst_case"]):
+        assert (estimated.n, estimated.sd, estimated.low, estimated.high) == (2, 0.0, None, None)
+    assert estimate([0.1 + 0.2, 0.3]) == Estimate(2, 0.30000000000000004, 0.0), "equal up to rounding"
+    board = leaderboard(document)
+    shown = printed(board)
+    assert "+26.0" in shown
+    assert "[+26.0" not in shown
+    assert "[45.0, 45.0]" not in shown
+    assert "±0.0" in shown
+    row = next(row for row in csv.DictReader(io.StringIO(to_csv(board))) if row["objective"] == "ard")
+    assert float(row["difference_worst_case_mean"]) == pytest.approx(26.0)
+    assert [row[f"difference_worst_case_{part}"] for part in ("sd", "low", "high")] == ["0.0", "", ""]
+    assert "& $+26.0$ " in to_latex(board)
+    write_comparison(tmp_path / "report.html", document)
+    page = (tmp_path / "report.html").read_text().replace(get_plotlyjs(), "")
+    assert "+26.0" in page
+    assert "±0.0" in page
+    assert "[+26.0" not in page
+    assert "[45.0, 45.0]" not in page
 
 
 def test_without_a_baseline_there_are_no_differences():

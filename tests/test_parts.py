@@ -171,6 +171,25 @@ def test_a_teacher_without_gradients_is_refused_where_its_slope_is_looked_at(nam
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"teacher": type("Run", (), {"model": cnn()})()},
+            r"^teacher: must be a torch\.nn\.Module, got Run; give its \.mod",
+        ),
+        ({"student": cnn().requires_grad_(False)}, r"^student: none of its weights is trained"),
+        ({"student": "cnn,width=4"}, r"^student: must be a torch\.nn\.Module, got str; make one with load_model"),
+        ({"seed": 10**20}, r"^seed: input should be less than"),
+        ({"seeds": {"init": -(10**20)}}, r"^seeds\.init: input should be greater than or equal to"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(change, message, tmp_path):
+    given_ = {"student": cnn(), "teacher": cnn(1), **settings(objective="rslad"), **change}
+    with pytest.raises(InputError, match=message):
+        distill(data=splits(), out=tmp_path / "run", **given_)
+
+
 def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
     network = cnn()
     with pytest.raises(InputError, match=r"^teacher: has weights of the student"):

@@ -19,6 +19,7 @@ from crdnd.errors import InputError
 from crdnd.evaluation import Example
 from crdnd.evaluation.result import Protocol, Results, Row
 from crdnd.report import write_report
+from crdnd.report._lines import eps_in_words
 from crdnd.report.table import results_table
 
 ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
@@ -282,7 +283,7 @@ def test_the_protocol_is_on_the_page(tmp_path: Path) -> None:
 
     for text in ("My digits", "crdnd report a b", "First.", "Second.", document.protocol.fingerprint, "ab" * 32):
         assert text in page.text
-    assert "linf, eps = 0.0313725" in page.text
+    assert "linf, eps = 8/255" in page.text
     assert page.tables[0] == [[name, "steps 20, step 0.25, loss cross_entropy"] for name in ATTACKS]
 
 
@@ -461,6 +462,14 @@ def test_lines_of_one_method_are_told_apart(tmp_path: Path) -> None:
     assert [line["last"].split()[0] for line in page.results[1:3]] == ["62.4", "0.2"]
 
 
+@pytest.mark.parametrize(
+    ("eps", "words"),
+    [(8 / 255, "8/255"), (0.1, "0.1"), (0.2, "0.2"), (1.0, "1"), (0.0, "0"), (128 / 255, "128/255"), (0.05, "0.05")],
+)
+def test_eps_is_a_fraction_of_255_where_that_is_how_people_write_it(eps: float, words: str) -> None:
+    assert eps_in_words(eps) == words
+
+
 def render(document: Results, width: int) -> str:
     console = Console(record=True, width=width, file=io.StringIO())
     console.print(results_table(document))
@@ -492,7 +501,7 @@ def test_the_terminal_table_says_what_was_measured() -> None:
     document = full_results()
     text = render(document, 100)
     lines = text.splitlines()
-    assert "digits, test split, n = 450; linf, eps = 0.0313725" in lines[0]
+    assert "digits, test split, n = 450; linf, eps = 8/255" in lines[0]
     assert f"95% Wilson. Last checkpoint: its worst case. Protocol {document.protocol.fingerprint}." in " ".join(
         text.split()
     )
@@ -509,3 +518,13 @@ def test_the_terminal_table_leaves_out_a_last_column_of_nothing() -> None:
     assert "ckpt" not in text
     assert "ast checkpoint" not in text
     assert "[red]mine[/red]" in text
+
+
+def test_a_narrow_table_breaks_neither_its_title_nor_its_caption() -> None:
+    document = results([row("student.onnx", None, COUNTS["crdnd", "best"], seed=None, params=0)])
+    protocol = document.protocol.model_copy(update={"attacks": {"fgsm": {}}})
+    lines = render(document.model_copy(update={"protocol": protocol}), 100).splitlines()
+    assert lines[0].rstrip() == "Accuracy in percent on digits, test split, n = 450; linf, eps = 8/255"
+    assert lines[-1].rstrip() == f"Intervals are 95% Wilson. Protocol {protocol.fingerprint}."
+    assert max(len(line.rstrip()) for line in lines[1:-1]) < 60
+    assert [line.split()[0] for line in lines if line.startswith("-")] == ["-"], "a file whose parameters are not known"

@@ -23,7 +23,7 @@ from crdnd.cli.recipes import recipes_command
 from crdnd.cli.runs import runs_command, status_command, watch_command
 from crdnd.cli.study import study_command
 from crdnd.cli.train import distill_command, train_command
-from crdnd.errors import InputError, Interrupted, RunError
+from crdnd.errors import InputError, Interrupted, RunError, first_line
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -85,6 +85,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _say(f"error: {error}", 2)
     except RunError as error:
         return _say(f"error: {error}", 1)
+    except MemoryError as error:
+        return _say(f"error: out of memory ({first_line(error)}); take fewer or smaller images.", 1)
     except BrokenPipeError:
         # The reader of our output has gone; nothing is left to tell it, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -133,6 +133,8 @@ def show_command(
 ) -> None:
     """Draw a contact sheet: a few training images of each class beside its name.
 
+    Photographs of several sizes are scaled and cropped to small squares.
+
     Examples:
 
         crdnd data show digits --out digits.png
@@ -141,12 +143,33 @@ def show_command(
     """
     from crdnd.data import load_data
     from crdnd.io import make_folder
-    from crdnd.report.sheet import write_contact_sheet
+    from crdnd.report.sheet import THUMBNAIL, write_contact_sheet
 
-    splits = load_data(spec, data_dir=data_dir)
+    if out.suffix.lower() != ".png":
+        raise InputError(f"out: the picture is a PNG, so its name ends in .png, got {out.name}.")
+    thumbnail = (3, THUMBNAIL, THUMBNAIL) if _differ_in_size(spec) else None
+    splits = load_data(spec, data_dir=data_dir, model_shape=thumbnail)
     make_folder(out.parent)
     write_contact_sheet(out, splits.train, per_class)
     print(f"{out}: {splits.train.num_classes} classes, {len(splits.train)} training images")
+
+
+def _differ_in_size(spec: str) -> bool:
+    """Whether the data are a folder of images of several sizes."""
+    from crdnd.data import data_names, image_files, image_shape
+
+    if spec in data_names() or not Path(spec).is_dir():
+        return False
+    sizes: set[tuple[int, int]] = set()
+    for file in image_files(spec):
+        try:
+            height, width, _ = image_shape(file)
+        except InputError:
+            continue  # reading the data says so
+        sizes.add((height, width))
+        if len(sizes) > 1:
+            return True
+    return False
 
 
 def _entry(name: str, info: "DataInfo", data_dir: Path | None) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from crdnd.errors import InputError
 if TYPE_CHECKING:
     from crdnd.evaluation import Protocol, Row
 
-FileArgument = Annotated[Path, typer.Argument(help="What `crdnd evaluate --out` wrote.")]
+FileArgument = Annotated[
+    Path, typer.Argument(help="What `crdnd evaluate --out` wrote, or a folder with it as evaluation.json.")
+]
 
 
 def diff_command(first: FileArgument, second: FileArgument, json: JsonOption = False) -> None:
@@ -23,6 +25,8 @@ def diff_command(first: FileArgument, second: FileArgument, json: JsonOption = F
     Examples:
 
         crdnd diff ard.json rslad.json
+
+        crdnd diff runs/ard runs/rslad
     """
     from rich import box
     from rich.console import Console
@@ -46,7 +50,12 @@ def diff_command(first: FileArgument, second: FileArgument, json: JsonOption = F
 
 def _row(path: Path) -> tuple["Protocol", "Row"]:
     from crdnd.evaluation import load_results
+    from crdnd.models import EVALUATION
 
+    if path.is_dir():
+        folder, path = path, path / EVALUATION
+        if not path.exists():
+            raise InputError(f"{folder}: has no {EVALUATION}; write it with `crdnd evaluate {folder} --out {path}`.")
     results = load_results(path)
     if len(results.rows) != 1:
         raise InputError(f"{path}: has {len(results.rows)} rows; one is compared with one.")

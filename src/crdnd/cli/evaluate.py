@@ -162,7 +162,8 @@ def evaluate_command(
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
-        sweep = [parse_number(part) for part in eps_sweep.split(",")] if eps_sweep else []
+        # Each eps once: it would be shown as often as it is given.
+        sweep = list(dict.fromkeys(parse_number(part) for part in eps_sweep.split(","))) if eps_sweep else []
     except ValueError as error:
         raise InputError(f"eps_sweep: {error}") from None
     for value in sweep:
@@ -215,6 +216,7 @@ def _print(results: "Results") -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from crdnd.report._lines import eps_in_words
     from crdnd.report.table import results_table
 
     console = Console(highlight=False)
@@ -226,7 +228,7 @@ def _print(results: "Results") -> None:
             table.add_row(escape(name), str(counts.clean), str(counts.worst_case))
         console.print(table)
     for point in row.sweep:
-        console.print(f"eps {point.eps:.4g}: {escape(str(point.worst_case))} stand")
+        console.print(f"eps {eps_in_words(point.eps)}: {escape(str(point.worst_case))} stand")
     for note in row.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     for check in row.checks:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from crdnd import registry
 from crdnd.data._augment import Augmentation, augment, augmentation_names
-from crdnd.data._base import ImageData, MapDataset, Splits, as_data, stratified, with_classes, with_wrong_labels
+from crdnd.data._base import (
+    ImageData,
+    MapDataset,
+    Splits,
+    as_data,
+    hold_out,
+    stratified,
+    with_classes,
+    with_wrong_labels,
+)
 from crdnd.data._files import LAYOUTS, has_test, name_of, read_images, refuse_image_size, training_folder
 from crdnd.data._hub import PREFIX, read_hub
 from crdnd.data._images import image_files, image_shape, read_image, stacked
@@ -32,6 +41,7 @@ __all__ = [
     "data_folder",
     "data_names",
     "has_test",
+    "hold_out",
     "image_files",
     "image_shape",
     "load_data",

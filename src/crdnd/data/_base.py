@@ -1,6 +1,7 @@
 """Images and labels in memory, their checks, and their splits. Everything downstream asks for batches by sample id."""
 
 import hashlib
+import logging
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from crdnd.errors import InputError, first_line
 from crdnd.random import Stream, permutation
+
+log = logging.getLogger("crdnd")
 
 
 class MapDataset(Protocol):
@@ -61,8 +64,6 @@ class ImageData:
             limit = f"0 .. {self.num_classes - 1}" if self.num_classes else "0 or more"
             raise InputError(f"{self.name}: label {bad} is out of range; labels must be {limit}.")
         classes = self.num_classes or high + 1
-        if classes < 2:
-            raise InputError(f"{self.name}: there is only one class; a classifier needs at least 2.")
         if self.class_names and len(self.class_names) != classes:
             raise InputError(f"{self.name}: class_names has {len(self.class_names)} names for {classes} classes.")
         object.__setattr__(self, "num_classes", classes)
@@ -154,6 +155,10 @@ class Splits:
     skipped: tuple[str, ...] = ()
     """Files that could not be read, each with the reason."""
 
+    def __post_init__(self) -> None:
+        if self.train.num_classes < 2:  # images that are only tested may be of one class
+            raise InputError(f"{self.train.name}: there is only one class; a classifier needs at least 2.")
+
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of what training sees."""
@@ -172,12 +177,22 @@ def with_classes(data: ImageData, class_names: Sequence[str]) -> ImageData:
     without images may be missing.
 
     Raises:
-        InputError: the data has images of a class that is not among these.
+        InputError: the data has images of a class that is not among these, or names for another number of classes.
     """
     names, wanted = data.class_names, tuple(class_names)
     place = {name: label for label, name in enumerate(wanted)}
     odd = [names[label] for label in data.y.unique().tolist() if names[label] not in place]
-    if names == wanted or len(place) < len(wanted) or (odd and (_are_numbers(names) or _are_numbers(wanted))):
+    if names == wanted or len(place) < len(wanted) or (odd and _are_numbers(names)):
+        return data
+    if odd and _are_numbers(wanted):
+        if len(names) != len(wanted):
+            raise InputError(
+                f"{data.name}: has {len(names)} classes, {names[0]} and others; the model has {len(wanted)}, unnamed."
+            )
+        log.warning(
+            "%s: the model's classes have no names and are taken in the order of these: 0 is %s, 1 is %s and so on",
+            data.name, names[0], names[1],
+        )  # fmt: skip
         return data
     if odd:
         some = ", ".join(wanted[:5]) + (", ..." if len(wanted) > 5 else "")
@@ -230,6 +245,27 @@ def stratified(y: Tensor, sizes: Sequence[int], *names: str | int) -> list[Tenso
     return [part.sort().values for part in parts]
 
 
+SPARES_ONE = 5
+"""A class of so many images has one of them in validation, however small that is."""
+
+
+def hold_out(y: Tensor, count: int, *names: str | int) -> tuple[Tensor, Tensor]:
+    """Ids of what is kept and of `count` samples, or a few more, held out: stratified, and no larger class left out.
+
+    Args:
+        y: labels (N,).
+        count: how many to hold out, below N.
+        names: what the split depends on, such as a seed.
+    """
+    kept, held = stratified(y, (len(y) - count, count), *names)
+    labels = y.cpu()
+    missing = set(labels.unique().tolist()) - set(labels[held].tolist())
+    members = [kept[labels[kept] == label] for label in sorted(missing)]
+    more = [ids[-1:] for ids in members if len(ids) >= SPARES_ONE]
+    held = torch.cat([held, *more]).sort().values
+    return kept[~torch.isin(kept, held)], held
+
+
 def as_data(data: Any, name: str = "data") -> ImageData:
     """Accept `ImageData`, a pair of tensors (x, y), or a map-style data set, whose items are read into memory."""
     if isinstance(data, ImageData):
@@ -240,7 +276,8 @@ def as_data(data: Any, name: str = "data") -> ImageData:
             return ImageData(x, y, name=name)
         if isinstance(data, tuple):  # a list may also be a data set of two items
             kinds = f"{type(x).__name__}, {type(y).__name__}"
-            raise InputError(f"{name}: a pair must be two tensors (images, labels), got {kinds}.")
+            made = "; torch.from_numpy makes them of arrays" if "ndarray" in kinds else ""
+            raise InputError(f"{name}: a pair must be two tensors (images, labels), got {kinds}{made}.")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         try:
             items = [data[index] for index in range(len(data))]
@@ -252,9 +289,10 @@ def as_data(data: Any, name: str = "data") -> ImageData:
                 f"{first_line(error)}"
             ) from None
         return ImageData(x, y, name=name)
+    ways = {"Splits": "; give a part of it, such as .test", "DataLoader": "; give its .dataset"}
     raise InputError(
         f"{name}: expected the name of a data set, a pair of tensors (images, labels) or a map-style data set, "
-        f"got {type(data).__name__}."
+        f"got {type(data).__name__}{ways.get(type(data).__name__, '')}."
     )
 
 

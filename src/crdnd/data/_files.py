@@ -32,6 +32,8 @@ SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+NPZ_OR_REFUSED = (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY", b"\x80")
+"""How an .npz begins, an empty one, a single array and a pickle; numpy takes all other files for pickles."""
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which a folder is read into memory; a larger one is decoded as it is used."""
 
@@ -144,6 +146,11 @@ def npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
         # Opened here, because numpy leaves the file open where it turns out to be damaged.
         with file.open("rb") as handle:
+            if not handle.read(6).startswith(NPZ_OR_REFUSED):
+                raise InputError(
+                    f"{file}: is not a readable .npz file; write one with numpy.savez(file, x=images, y=labels)."
+                )
+            handle.seek(0)
             content = np.load(handle, allow_pickle=False)
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise InputError(f"{file}: holds a single array; write it with numpy.savez(file, x=images, y=labels).")

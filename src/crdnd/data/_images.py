@@ -43,8 +43,9 @@ HEIC = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc
 """How a photograph of a phone begins, behind four bytes, that Pillow does not read."""
 
 
-def image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: str | Path) -> Iterator[Path]:
     """The images in a folder and below it, sorted; other kinds of files and hidden ones are passed over."""
+    folder = Path(folder)
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder).parts
         # A link that leads nowhere is an image that is missing, and not a file of another kind.
@@ -58,7 +59,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def image_shape(file: Path, size: Size | None = None, channels: int | None = None) -> tuple[int, int, int]:
+def image_shape(file: str | Path, size: Size | None = None, channels: int | None = None) -> tuple[int, int, int]:
     """(H, W, 1 or 3), as `read_image` will give it; only the head of the file and its last bytes are read.
 
     A file that does not end as its format does may be cut off, so it is decoded to know.
@@ -66,6 +67,7 @@ def image_shape(file: Path, size: Size | None = None, channels: int | None = Non
     Raises:
         InputError: as for `read_image`; damage in the middle of a file is not seen.
     """
+    file = Path(file)
     with _opened(file) as image:
         height, width = size or _size_of(image)
         found = channels or (1 if _is_grey(image, file) else 3)
@@ -75,7 +77,7 @@ def image_shape(file: Path, size: Size | None = None, channels: int | None = Non
     return height, width, found
 
 
-def read_image(file: Path, size: Size | None = None, channels: int | None = None) -> Bytes:
+def read_image(file: str | Path, size: Size | None = None, channels: int | None = None) -> Bytes:
     """One image as uint8 (H, W, 1) if its file is grey, otherwise (H, W, 3).
 
     Args:
@@ -86,6 +88,7 @@ def read_image(file: Path, size: Size | None = None, channels: int | None = None
     Raises:
         InputError: the file cannot be read, is damaged or has more than `MOST_PIXELS`; the message names it.
     """
+    file = Path(file)
     with _opened(file) as image:
         array = pixels_of(image, file)
     if channels == 1 and array.shape[2] == 3:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from crdnd.data._base import ImageData, Splits, stratified
+from crdnd.data._base import ImageData, Splits, hold_out
 from crdnd.data._sources import SOURCES
 from crdnd.errors import InputError
 
@@ -161,7 +161,7 @@ def held_out(train: ImageData, test: ImageData | None, split_seed: int) -> Split
     count = max(1, round(HELD_OUT * len(train)))
     if count >= len(train):
         raise InputError(f"{train.name}: {len(train)} images are too few to hold some out for validation.")
-    kept, validation = stratified(train.y, (len(train) - count, count), "held_out", split_seed)
+    kept, validation = hold_out(train.y, count, "held_out", split_seed)
     return Splits(train.subset(kept), train.subset(validation), test, split_seed)
 
 

@@ -20,6 +20,17 @@ IMBALANCED = 10
 OTHER_SHAPE = "; a teacher made for other images needs teacher_input=[C, H, W], and the images are then resized for it"
 
 
+def check_is_module(model: object, what: str) -> None:
+    """Refuse what only names a model, or holds one."""
+    if not isinstance(model, nn.Module):
+        way = (
+            "give its .model"
+            if isinstance(getattr(model, "model", None), nn.Module)
+            else ("make one with load_model(FOLDER) or create_model(NAME, ...)")
+        )
+        raise InputError(f"{what}: must be a torch.nn.Module, got {type(model).__name__}; {way}.")
+
+
 def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: bool = False, way_out: str = "") -> int:
     """Run a few images through a model and return how many classes it has, or say what is wrong with it.
 
@@ -30,11 +41,15 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         probabilities: let a model pass that returns them; an evaluation has a check of its own for that.
         way_out: what to do about a model that cannot process the images.
     """
+    check_is_module(model, what)
     x = _few(data, model)
     with evaluating(model), torch.no_grad():
         try:
             logits: Any = model(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            kinds = {parameter.dtype for parameter in model.parameters()}
+            if x.is_floating_point() and len(kinds) == 1 and x.dtype not in kinds:
+                way_out = f"; the images are {x.dtype}, so make them {kinds.pop()}, as its weights are"
             raise InputError(
                 f"{what}: cannot process images of shape {data.shape}: {first_line(error)}{way_out}"
             ) from None
@@ -122,7 +137,9 @@ def say_classes(splits: Splits) -> None:
 def check_networks(student: nn.Module, teachers: Sequence[nn.Module], data: ImageData) -> int:
     """Check all networks of a run and return how many classes they have."""
     num_classes = check_model(student, data, "student" if teachers else "model")
-    learning = {id(parameter) for parameter in student.parameters()}
+    learning = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if not learning:
+        raise InputError("student: none of its weights is trained; set requires_grad on those that are to be.")
     for what, teacher in zip(("teacher", "second teacher"), teachers, strict=False):
         if learning & {id(parameter) for parameter in teacher.parameters()}:
             raise InputError(f"{what}: has weights of the student, which change; give it its own: copy.deepcopy(...).")

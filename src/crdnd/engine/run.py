@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +18,16 @@ from torch import nn
 
 from crdnd import provenance
 from crdnd.config import build
-from crdnd.data import ImageData, MapDataset, Splits, as_data, load_data, stratified
+from crdnd.data import ImageData, MapDataset, Splits, as_data, hold_out, load_data
 from crdnd.engine.checkpoint import POINTER, WAY_OUT, read_checkpoint
-from crdnd.engine.checks import check_networks, check_splits, check_teacher_gradients, feature_sizes, say_classes
+from crdnd.engine.checks import (
+    check_is_module,
+    check_networks,
+    check_splits,
+    check_teacher_gradients,
+    feature_sizes,
+    say_classes,
+)
 from crdnd.engine.history import Change, Epoch
 from crdnd.engine.levers import Levers
 from crdnd.engine.loop import Listener, Trainer
@@ -153,6 +160,7 @@ def distill(
     Returns:
         The finished run; raises as `train` does.
     """
+    check_place(out, (teacher, teacher_weights, second_teacher, second_teacher_weights), fresh=fresh)
     teachers = [_teacher(teacher, teacher_weights, "teacher_weights")]
     if second_teacher is not None:
         teachers.append(_teacher(second_teacher, second_teacher_weights, "second_teacher_weights"))
@@ -161,9 +169,35 @@ def distill(
     return _run(student, tuple(teachers), data, settings, Path(out), fresh=fresh, role="student", listener=listener)
 
 
+def check_place(out: str | Path, sources: Sequence[object], *, fresh: bool) -> None:
+    """Refuse a folder whose run would take the place of one of its teachers, or of the weights of one."""
+    here = Path(out).resolve()
+    for place in (Path(source).resolve() for source in sources if isinstance(source, str | Path)):
+        if here == (place.parent if place.suffix == ".safetensors" else place):
+            raise InputError("out: is the teacher's folder; choose another.")
+        if fresh and here in place.parents:
+            raise InputError("out: holds the teacher, which --fresh would move aside; choose another.")
+
+
+def check_goes_on(out: Path, settings: TrainSettings, student: nn.Module, splits: Splits) -> None:
+    """Refuse a folder that holds another run, or something else, as far as that is known without the run's teacher."""
+    if not ((out / RUN).exists() or (out / POINTER).exists() or is_model_folder(out)):
+        return
+    known: dict[str, Any] = {}
+    with suppress(InputError):  # what is wrong with the file is said below
+        known = read_json(out / RUN).get("identity", {})
+    own = {
+        "data": f"{splits.train.name} {splits.sha256[:16]}",
+        "model": _describe(student),
+        "normalization": _normalization(student),
+    }
+    _open_run(out, settings, {**known, **own}, (), Levers())
+
+
 def _teacher(given: nn.Module | str | Path, weights: str | Path | None, setting: str) -> nn.Module:
-    if not isinstance(given, nn.Module):
+    if isinstance(given, str | Path):
         return resolve_model(str(given), weights)
+    check_is_module(given, setting.removesuffix("_weights"))
     if weights is not None:
         raise InputError(f"{setting}: the teacher is a module and has weights; load these into it with load_weights.")
     return given
@@ -223,7 +257,7 @@ def as_splits(data: Any, seed: int) -> Splits:
     held_out = max(1, round(VALIDATION_PART * len(whole)))
     if held_out >= len(whole):
         raise InputError(f"{whole.name}: {len(whole)} images are too few to hold some out for validation.")
-    train_ids, validation_ids = stratified(whole.y, (len(whole) - held_out, held_out), "validation", seed)
+    train_ids, validation_ids = hold_out(whole.y, held_out, "validation", seed)
     return Splits(whole.subset(train_ids), whole.subset(validation_ids))
 
 

@@ -72,13 +72,17 @@ class AugmentationPhase(Frozen):
     _name_is_known = field_validator("name", mode="before")(_known_augmentation)
 
 
+LEAST_SEED, SEEDS_END = -(2**63), 2**63
+"""What generators take."""
+
+
 class Seeds(Frozen):
     """Separate seeds; each is the run's `seed` unless given."""
 
-    init: int | None = Field(default=None, description="Initial weights.")
-    order: int | None = Field(default=None, description="Order of the samples.")
-    augment: int | None = Field(default=None, description="Augmentation.")
-    attack: int | None = Field(default=None, description="Starts of the training attack.")
+    init: int | None = Field(default=None, ge=LEAST_SEED, lt=SEEDS_END, description="Initial weights.")
+    order: int | None = Field(default=None, ge=LEAST_SEED, lt=SEEDS_END, description="Order of the samples.")
+    augment: int | None = Field(default=None, ge=LEAST_SEED, lt=SEEDS_END, description="Augmentation.")
+    attack: int | None = Field(default=None, ge=LEAST_SEED, lt=SEEDS_END, description="Starts of the training attack.")
 
 
 def _attack(name: str) -> str | None:
@@ -223,7 +227,7 @@ class TrainSettings(Frozen):
         default=False, description="On a GPU: only kernels that give the same bits in every run; slower."
     )
     levers: LeverSettings = Field(default=LeverSettings(), description="What makes the run faster.")
-    seed: int = Field(default=0, description="Seed of everything that is drawn.")
+    seed: int = Field(default=0, ge=LEAST_SEED, lt=SEEDS_END, description="Seed of everything that is drawn.")
     seeds: Seeds = Field(default=Seeds(), description="Separate seeds for parts of it.")
     save_every_steps: int | None = Field(
         default=None,

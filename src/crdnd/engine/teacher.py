@@ -13,7 +13,7 @@ from crdnd.config import Frozen
 from crdnd.counts import Count
 from crdnd.data import ImageData, stratified
 from crdnd.errors import InputError
-from crdnd.models import NORMALIZATION, Adapted, device_of, evaluating
+from crdnd.models import NORMALIZATION, Adapted, device_of, evaluating, normalizes
 
 IMAGES = 1000
 """At most so many validation images are looked at."""
@@ -181,7 +181,9 @@ def _causes(teacher: nn.Module, data: ImageData, ids: Tensor) -> Iterator[_Cause
     mean, std = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).tolist()
     known = {"of this data": (mean, std), **{f"of {name}": both for name, both in NORMALISATIONS.items()}}
     scales = [_Cause("expects pixels as they are in [0, 1]", "", lambda x: x), _scaled()]
-    scales += [_normalised(name, *both) for name, both in known.items() if len(both[0]) == channels and min(both[1])]
+    if not normalizes(teacher.model if isinstance(teacher, Adapted) else teacher):
+        fits = {name: both for name, both in known.items() if len(both[0]) == channels and min(both[1])}
+        scales += [_normalised(name, *both) for name, both in fits.items()]
     twice = [_undone(name, *both) for name, both in known.items() if len(both[0]) == channels and min(both[1])]
     for flipped, scale in itertools.product((False, True) if channels == 3 else (False,), scales):
         if flipped:

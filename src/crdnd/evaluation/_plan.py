@@ -71,6 +71,7 @@ def choose_attacks(attacks: Sequence[str] | Mapping[str, Any]) -> dict[str, Atta
     """
     if not attacks:
         raise InputError(f"attacks: name at least one of {', '.join(attack_names())}.")
+    attacks = [attacks] if isinstance(attacks, str) else attacks
     entries = attacks.items() if isinstance(attacks, Mapping) else [(name, {}) for name in attacks]
     return {name: _with_settings(name, value) for name, value in entries}
 

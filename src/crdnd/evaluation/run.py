@@ -15,7 +15,7 @@ from crdnd.attacks import UNTOLD, Attack, Classifier, answers, true_float32
 from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
-from crdnd.engine import check_model
+from crdnd.engine import check_is_module, check_model
 from crdnd.engine.memory import out_of_memory
 from crdnd.engine.processes import processes
 from crdnd.engine.signals import stop_requests
@@ -67,7 +67,7 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    threat: ThreatModel,
+    threat: ThreatModel | Mapping[str, Any],
     attacks: Sequence[str] | Mapping[str, Any] = TABLE_ATTACKS,
     checks: bool = False,
     eps_sweep: Sequence[float] = (),
@@ -90,7 +90,7 @@ def evaluate(
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K).
         data: `ImageData`, a pair of tensors (images, labels) or a map-style data set; all of it is evaluated.
-        threat: the adversary.
+        threat: the adversary, or its settings, such as {"norm": "linf", "eps": "8/255"}.
         attacks: names, or a mapping of names to settings that differ from the attack's own (`{"square": {"queries":
             1000}}`) or to `Attack` objects.
         checks: run every check for false security, and not only those that come for free (docs/checks.md). Needs the
@@ -117,7 +117,7 @@ def evaluate(
     """
     if save_adversarial is not None and Path(save_adversarial).is_dir():
         raise InputError(f"save_adversarial: {save_adversarial} is a folder; name a file in it.")
-    images = as_data(data)
+    images, threat = as_data(data), build(ThreatModel, threat, where="threat")
     num_classes = check_model(model, images, "model", probabilities=True)
     threat.check_for(images.shape)
     if surrogate is not None:
@@ -390,7 +390,17 @@ class Prediction:
 
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:
-    """What a model sees in images (B, C, H, W) in [0, 1]."""
+    """What a model sees in images (B, C, H, W) in [0, 1], or uint8; checked as the images of an evaluation are.
+
+    Raises:
+        InputError: the model cannot take them.
+    """
+    check_is_module(model, "model")
+    if not isinstance(images, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = type(images).__name__
+        raise InputError(f"images: must be a tensor (B, C, H, W), got {kind}; crdnd.data.read_image reads one image.")
+    data = ImageData(images, torch.zeros(len(images), dtype=torch.int64, device=images.device), name="images")
+    check_model(model, data, "model", probabilities=True)
     with evaluating(model), torch.no_grad():
-        probabilities = model(images).softmax(dim=1)
+        probabilities = model(data.batch(torch.arange(len(data)))[0].to(device_of(model))).softmax(dim=1)
     return Prediction(probabilities.argmax(1), probabilities)

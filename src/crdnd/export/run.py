@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,17 +14,19 @@ from torch import nn
 
 from crdnd.data import ImageData, stratified
 from crdnd.engine import check_model
-from crdnd.errors import InputError
+from crdnd.errors import InputError, RunError
 from crdnd.evaluation import Listener, choose_attacks, evaluate
 from crdnd.export._int8 import quantised, twin_of
 from crdnd.export._measured import Verdicts, largest_difference, latencies, measured_of, probe
 from crdnd.export._onnx import check_packages, joined, onnx_graph
 from crdnd.export._program import EXAMPLES, INPUT, OUTPUT, Shape, Whole, folded, traced
 from crdnd.export.document import Cost, Equality, Export, Quantisation, Share, remember
-from crdnd.io import atomic_write_bytes, atomic_write_text, make_folder, sha256
+from crdnd.io import atomic_write_bytes, atomic_write_text, cannot_write, make_folder, sha256
 from crdnd.models import About, adapted, fitted, has_gradients, input_shape, resolve_model, weights_sha256
 from crdnd.provenance import command, commit, installed_version, package_versions
 from crdnd.threat import ThreatModel
+
+log = logging.getLogger("crdnd")
 
 Format = Literal["onnx", "program", "int8"]
 FORMATS: dict[Format, str] = {"onnx": ".onnx", "program": ".pt2", "int8": ".onnx"}
@@ -72,13 +75,13 @@ def export_model(
         split: what the document calls this part of the data.
         class_names: of the logits; by default those of the data.
         source: what the document calls the model.
-        folder: a model folder that remembers the export in `exports.json`.
+        folder: a model folder that remembers the export in `exports.json`; where it cannot, that is warned of.
         fresh: write over a file that is there.
         listener: told how far the attacks are.
 
     Raises:
-        InputError: something handed in cannot be used, a package is missing, or the file would not be equal to the
-            model within 1e-4 on 1,000 inputs; nothing is written then.
+        InputError: something handed in cannot be used, a package is missing, `out` cannot be written, or the file
+            would not be equal to the model within 1e-4 on 1,000 inputs; nothing is written then.
     """
     out = Path(out)
     check_target(out, to, fresh=fresh)
@@ -120,7 +123,6 @@ def export_model(
                 content = joined(small, shape, about).SerializeToString()
                 twin = twin_of(graph, core, small, images[:EXAMPLES])
                 twin = adapted(twin, (channels, height, width), shape, "twin").to(device)
-        make_folder(out.parent)  # before the work, so that its result is not lost
         file = _opened(place / out.name, content).to(device)
 
     verdicts, square = Verdicts(file, data), choose_attacks({"square": {"queries": square_queries}})["square"]
@@ -147,12 +149,18 @@ def export_model(
         cost_worst_case=Cost.of(verdicts.text("worst_case"), row.stands()),
         latency=latencies(eager, file.cpu(), x), versions=_versions(), commit=commit(), command=command(),
     )  # fmt: skip
-    document = out.with_name(f"{out.name}.json")
-    document.unlink(missing_ok=True)  # it is about the file that was there before
+    document = _document_of(out)
+    try:
+        document.unlink(missing_ok=True)  # it is about the file that was there before
+    except OSError as error:
+        raise cannot_write(document, error) from error
     atomic_write_bytes(out, content)
     atomic_write_text(document, export.to_json())
     if folder is not None:
-        remember(folder, export)
+        try:
+            remember(folder, export)
+        except (InputError, RunError) as error:  # somebody else's model, perhaps; what was measured is not lost to it
+            log.warning("%s is complete, but the model's folder cannot remember it: %s", out, error)
     return export
 
 
@@ -160,17 +168,32 @@ def check_target(out: Path, to: Format, *, fresh: bool = False) -> None:
     """What can be known of an export before model and data are read.
 
     Raises:
-        InputError: there is no such format, the name does not end as its files do, the file is there already, or a
-            package is missing.
+        InputError: there is no such format, the name does not end as its files do, a package is missing, the place
+            cannot be written, or the file is there already.
     """
     if to not in FORMATS:
         raise InputError(f"to: must be one of {', '.join(FORMATS)}, got {to!r}.")
     if out.suffix != FORMATS[to]:
         raise InputError(f"out: a file of the format {to} ends in {FORMATS[to]}, got {out.name}.")
-    if out.exists() and not fresh:
-        raise InputError(f"out: {out} is there already; use --fresh to write over it, or choose another --out.")
     if to != "program":
         check_packages()
+    make_folder(out.parent)
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    if out.is_dir():
+        raise InputError(f"out: {out} is a folder; name a file.")
+    if _document_of(out).is_dir():
+        raise InputError(f"out: {_document_of(out)} is a folder; choose another --out.")
+    if out.exists() and not fresh:
+        raise InputError(f"out: {out} is there already; use --fresh to write over it, or choose another --out.")
+
+
+def _document_of(out: Path) -> Path:
+    """Where what was measured of a file is kept."""
+    return out.with_name(f"{out.name}.json")
 
 
 def _program(model: nn.Module, shape: Shape, about: Mapping[str, str]) -> bytes:

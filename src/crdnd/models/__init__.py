@@ -3,7 +3,16 @@
 from crdnd import registry
 from crdnd.models._about import About
 from crdnd.models._adapted import Adapted, adapted, fitted, input_shape
-from crdnd.models._base import Architecture, Normalized, create_model, device_of, evaluating, parameter_count, seeded
+from crdnd.models._base import (
+    Architecture,
+    Normalized,
+    create_model,
+    device_of,
+    evaluating,
+    normalizes,
+    parameter_count,
+    seeded,
+)
 from crdnd.models._exported import ExportedModel
 from crdnd.models._extras import TIMM
 from crdnd.models._folder import (
@@ -58,6 +67,7 @@ __all__ = [
     "load_weights",
     "local_model",
     "model_names",
+    "normalizes",
     "parameter_count",
     "parse_hub",
     "parse_spec",

@@ -65,6 +65,11 @@ class Normalized(nn.Module):
         return self.network((x - self.mean) / self.std)
 
 
+def normalizes(model: nn.Module) -> bool:
+    """Whether a model is known to normalise its images itself."""
+    return isinstance(model, Normalized) and bool((model.mean != 0).any() or (model.std != 1).any())
+
+
 def create_model(
     name: str,
     *,

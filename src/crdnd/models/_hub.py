@@ -26,7 +26,8 @@ def parse_hub(spec: str) -> tuple[str, str | None]:
     """Repository and revision of `owner/name[@revision]`, with `hf:` before it or without."""
     found = re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
     if not found or ".." in spec:
-        raise InputError(f"{spec}: a model of the hub is written as hf:owner/name, or hf:owner/name@revision.")
+        form = f"{HUB if spec.startswith(HUB) else ''}owner/name"
+        raise InputError(f"{spec}: a model of the hub is written as {form}, or {form}@revision.")
     return found[1], found[2]
 
 

@@ -146,7 +146,7 @@ def clean_against_robust(board: Leaderboard, colours: Mapping[str, str]) -> Mark
 
 
 def _t_interval(found: Estimate, colour: str) -> dict[str, Any]:
-    """An error bar; none for a single seed."""
+    """An error bar; none where there is no interval."""
     half = 0.0 if found.high is None else found.high - found.mean
     return {"type": "data", "array": [half], "visible": half > 0, "color": colour, "thickness": 1.2, "width": 4}
 

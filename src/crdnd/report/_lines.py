@@ -1,7 +1,11 @@
-"""Which rows make a line of the report's tables and charts, and what lines and columns are called."""
+"""Which rows make a line of the report's tables and charts, and what lines, columns and eps are called."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from crdnd.evaluation.result import Results, Row
 
@@ -64,3 +68,19 @@ def _label(row: Row, rows: list[Row]) -> str:
 def header(name: str) -> str:
     """Break a long attack name where a reader would, so that it does not widen its column."""
     return name if len(name) <= len("pgd_sat") else name.replace("_", "_\n")
+
+
+def eps_in_words(eps: float) -> str:
+    """As people write it, the shorter of both ways.
+
+    >>> eps_in_words(8 / 255), eps_in_words(0.1), eps_in_words(0.2)
+    ('8/255', '0.1', '0.2')
+    """
+    levels, decimal = round(255 * eps), f"{eps:g}"
+    is_fraction = levels > 0 and abs(255 * eps - levels) < 1e-6
+    return min(decimal, f"{levels}/255", key=len) if is_fraction else decimal
+
+
+def titled(title: str, table: Table, caption: str) -> Group:
+    """A table between its title and its caption, as lines of their own: rich breaks a table's own at its width."""
+    return Group(Text(title, style="italic"), table, Text(caption, style="dim italic"))

@@ -1,32 +1,18 @@
 """An exported file beside its model, as a table for the terminal."""
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from crdnd.export import Cost, Export, Share
+from crdnd.report._lines import eps_in_words, titled
 
 
-def export_table(export: Export) -> Table:
+def export_table(export: Export) -> Group:
     """A line for each thing measured: the model, the file, and in the last column what the file costs."""
     equality = export.equality
-    table = Table(
-        title=Text(
-            f"{export.file} ({export.format}, {export.size_bytes / 2**20:.2f} MiB) on {export.data}, {export.split} "
-            f"split, n = {export.n}; {export.threat}"
-        ),
-        caption=Text(
-            f"Intervals are 95%. Logits within {equality.largest_difference:.2g} of the model's on {equality.inputs} "
-            f"inputs{' before quantisation' if export.quantisation else ''}. (model): made by the model's gradients; "
-            f"{'(twin): by those of the dequantised twin; ' if export.quantisation else ''}square: "
-            f"{export.square_queries} queries. Times are for one image, on {export.latency[0].threads} threads."
-        ),
-        box=box.SIMPLE,
-        padding=0,
-        pad_edge=False,
-        show_edge=False,
-        collapse_padding=False,
-    )
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False, show_edge=False, collapse_padding=False)
     table.add_column("", overflow="fold")
     for name in ("  model", "  file", "  file - model"):
         table.add_column(name, justify="right")
@@ -43,7 +29,15 @@ def export_table(export: Export) -> Table:
     for line in export.latency:
         name = f"ms, batch of {line.batch}"
         table.add_row(name, f"{line.model:.3f}", f"{line.file:.3f}", f"{line.model / line.file:.2f} x as fast")
-    return table
+    return titled(
+        f"{export.file} ({export.format}, {export.size_bytes / 2**20:.2f} MiB) on {export.data}, {export.split} "
+        f"split, n = {export.n}; {export.threat.norm}, eps = {eps_in_words(export.threat.eps)}",
+        table,
+        f"Intervals are 95%. Logits within {equality.largest_difference:.2g} of the model's on {equality.inputs} "
+        f"inputs{' before quantisation' if export.quantisation else ''}. (model): made by the model's gradients; "
+        f"{'(twin): by those of the dequantised twin; ' if export.quantisation else ''}square: "
+        f"{export.square_queries} queries. Times are for one image, on {export.latency[0].threads} threads.",
+    )
 
 
 def _cell(share: Share | None) -> Text:

@@ -18,7 +18,7 @@ from crdnd.errors import InputError
 from crdnd.evaluation import Example, Results
 from crdnd.io import atomic_write_text
 from crdnd.report import _charts
-from crdnd.report._lines import Line, lines_of
+from crdnd.report._lines import Line, eps_in_words, lines_of
 from crdnd.report.comparison import Comparison
 from crdnd.report.leaderboard import leaderboard, passes, signed
 from crdnd.report.leaderboard import notes as notes_of
@@ -66,6 +66,7 @@ def write_report(
         command=command,
         notes=notes,
         protocol=results.protocol,
+        eps=eps_in_words,
         table=_table(lines, attacks),
         last=_table([Line(line.label, line.last, None) for line in lines if line.last], attacks),
         colours=colours,

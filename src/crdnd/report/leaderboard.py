@@ -1,7 +1,7 @@
 """The leaderboard of a comparison: means over seeds with their intervals, and differences to the baseline by seed.
 
 Everything here is worked out from the document alone. Accuracies are in percent and differences in points. Intervals
-are 95% t intervals of the mean over seeds (Student 1908); with one seed there are none.
+are 95% t intervals of the mean over seeds (Student 1908); with one seed there are none, nor where all seeds are equal.
 """
 
 import csv
@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from crdnd.errors import InputError
 from crdnd.evaluation import Protocol, Row
-from crdnd.report._lines import header
+from crdnd.report._lines import eps_in_words, header, titled
 from crdnd.report.comparison import CellResult, Comparison
 
 GAP = ("pgd_trades", "autoattack")
 """The attack that flatters and the one that is believed."""
 WORST = "worst_case"
+ROUNDING = 1e-9
+"""Points by which equal differences of percentages may differ."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Estimate:
     n: int
     mean: float
     sd: float | None = None
-    """Standard deviation over seeds, divided by n - 1; None for one seed, as the interval is."""
+    """Standard deviation over seeds, divided by n - 1; None for one seed."""
     low: float | None = None
+    """Of the interval; None for one seed, and where all are equal: a spread that was not seen is not one of zero."""
     high: float | None = None
 
 
@@ -95,9 +99,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return Estimate(n, mean)
+    sd = statistics.stdev(values)
+    if sd < ROUNDING:
+        return Estimate(n, mean, 0.0)
     from scipy.stats import t  # slow to import
 
-    sd = statistics.stdev(values)
     half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Estimate(n, mean, sd, mean - half, mean + half)
 
@@ -225,17 +231,17 @@ def title(board: Leaderboard) -> str:
     splits = f", {len(board.protocols)} splits" if len(board.protocols) > 1 else ""
     return (
         f"Accuracy in percent on {protocol.data}, {protocol.split} split, n = {protocol.n}{splits}; "
-        f"{protocol.norm}, eps = {protocol.eps:g}"
+        f"{protocol.norm}, eps = {eps_in_words(protocol.eps)}"
     )
 
 
-def tables(board: Leaderboard) -> list[Table]:
+def tables(board: Leaderboard) -> list[Group]:
     """For the terminal: accuracies; then differences to the baseline and what a training costs. 100 columns at most."""
     return [_accuracies(board), _differences(board)]
 
 
-def _accuracies(board: Leaderboard) -> Table:
-    table = _table(title(board), "Mean over seeds, ± their standard deviation, [95% t interval of the mean].")
+def _accuracies(board: Leaderboard) -> Group:
+    table = _table()
     table.add_column(Text("method\nstudent\nteacher"), overflow="fold", max_width=28)
     table.add_column("seeds", justify="right")
     for name in board.columns:
@@ -244,14 +250,15 @@ def _accuracies(board: Leaderboard) -> Table:
         seeds = Text(str(len(entry.seeds))).append(f"\n{entry.failed} failed" if entry.failed else "", style="dim")
         cells = [_mean_sd(entry.columns.get(name), interval=name == WORST) for name in board.columns]
         table.add_row(_name(entry), seeds, *cells, end_section=last)
-    return table
+    caption = "Mean over seeds, ± their standard deviation, [95% t interval of the mean]."
+    return titled(title(board), table, caption)
 
 
-def _differences(board: Leaderboard) -> Table:
+def _differences(board: Leaderboard) -> Group:
     caption = "Cost of one training: passes are evaluations of student + teacher per training image."
     if board.baseline is not None:
         caption = f"Differences are to {board.baseline}, paired by seed, in points, [95% t interval]. {caption}"
-    table = _table("Differences and cost", caption)
+    table = _table()
     table.add_column(Text("method\nstudent\nteacher"), overflow="fold", max_width=28)
     with_difference = any(entry.differences for entry in board.entries)
     with_gap = any(entry.gap for entry in board.entries)
@@ -268,7 +275,7 @@ def _differences(board: Leaderboard) -> Table:
             cells.append(Text(signed(entry.gap)))
         cost = [Text(str(entry.trials)), Text(f"{entry.seconds:,.1f}"), Text(passes(entry))]
         table.add_row(_name(entry), *cells, *cost, end_section=last)
-    return table
+    return titled("Differences and cost", table, caption)
 
 
 def _differences_of(entry: Entry, column: str) -> list[str]:
@@ -296,8 +303,8 @@ def passes(entry: Entry) -> str:
     return f"{entry.student_passes:,.0f} + {entry.teacher_passes:,.0f}" if entry.student_passes else "-"
 
 
-def _table(heading: str, caption: str) -> Table:
-    return Table(title=Text(heading), caption=Text(caption), box=box.SIMPLE, padding=0, pad_edge=False, show_edge=False)
+def _table() -> Table:
+    return Table(box=box.SIMPLE, padding=0, pad_edge=False, show_edge=False)
 
 
 def _sections(board: Leaderboard) -> list[tuple[Entry, bool]]:
@@ -319,7 +326,7 @@ def _mean_sd(found: Estimate | None, *, interval: bool) -> Text:
     cell = Text(f"{found.mean:.1f}")
     if found.sd is not None:
         cell.append(f"\n±{found.sd:.1f}", style="dim")
-        if interval:
+        if interval and found.low is not None:
             cell.append(f"\n[{found.low:.1f}, {found.high:.1f}]", style="dim")
     return cell
 

@@ -17,6 +17,7 @@ from crdnd.evaluation.result import Results, Row, load_results
 from crdnd.export import read_exports
 from crdnd.io import atomic_write_text, json_object, read_bytes, read_json, read_verified, sha256
 from crdnd.models import CARD, EVALUATION, EXPORTS, PAGE, WEIGHTS, ModelCard, exported_files, read_card
+from crdnd.report._lines import eps_in_words
 from crdnd.threat import ThreatModel
 
 MARK = "<!-- Written by crdnd from the files of the model's folder. What is typed here is lost. -->"
@@ -119,12 +120,6 @@ def threat_in_words(threat: ThreatModel) -> str:
         f"An image may be changed by a perturbation of Euclidean length up to {eps}, on the scale on which black is 0 "
         "and white is 1."
     )
-
-
-def eps_in_words(eps: float) -> str:
-    """As people write it: '8/255', or '0.1'."""
-    levels = round(255 * eps)
-    return f"{levels}/255" if levels and abs(255 * eps - levels) < 1e-6 else f"{eps:g}"
 
 
 def _yaml(value: Any) -> str:

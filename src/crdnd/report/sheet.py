@@ -10,6 +10,8 @@ from crdnd.data import ImageData
 from crdnd.io import cannot_write
 
 SIDE, GAP, MARGIN = 48, 4, 12  # pixels; smaller images are enlarged by a whole factor to about SIDE
+THUMBNAIL = 96
+"""Pixels along a side of what photographs of several sizes are brought to."""
 ROWS = 25
 """Classes below each other; more stand in further columns."""
 TEXT = 12
