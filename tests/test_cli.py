@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,6 +340,59 @@ def test_train_tells_people_what_to_do_next(crdnd, natural):
     assert re.search(r"crdnd evaluate \S+$", shown.out.rstrip()), "the digits have a name, and no folder"
 
 
+def test_the_next_command_of_a_run_of_ones_own_code_is_the_one_that_works(crdnd, tmp_path):
+    Path("purenets.py").write_text(
+        "from torch import nn\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    own = ("--model", "purenets:flat", "--epochs", "1", "--norm", "l2", "--eps", "1/4", "--set", "split_seed=3")
+    shown = crdnd("train", "--objective", "natural", *own, "--out", "r/with space")
+    assert shown.status == 0, shown.err
+    command = shlex.split(shown.out.partition("attack on test data: crdnd ")[2])
+    assert command[:4] == ["evaluate", "purenets:flat", "--weights", "r/with space"]
+    results = build(Results, json.loads(crdnd(*command, "--json").out))
+    test = load_data("digits", 3).test
+    assert results.protocol == make_protocol(test, ThreatModel(norm="l2", eps=0.25), TABLE_ATTACKS)
+    card = json.loads((tmp_path / "r" / "with space" / "model.json").read_text())
+    assert results.rows[0].model_sha256 == card["sha256"]
+    refused = crdnd("evaluate", "r/with space")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    for form in (
+        "give package.module:factory --weights 'r/with space'",
+        "--teacher package.module:factory --teacher-weights 'r/with space'",
+    ):
+        assert form in refused.err
+
+
+def test_the_next_command_names_a_folder_as_a_shell_reads_it(crdnd):
+    shown = crdnd("train", "--objective", "natural", *TINY, *LINF, "--out", "r/with space")
+    assert shown.out.rstrip().endswith("crdnd evaluate 'r/with space'")
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("def net():\n    raise KeyError('no such part')", "KeyError: 'no such part'"),
+        ("def net(width):\n    return width", "TypeError: net() missing 1 required positional argument: 'width'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [("train", "--objective", "natural", *LINF, "--out", "o", "--model"), ("evaluate",)]
+)
+def test_a_factory_that_fails_ends_in_one_line_that_names_it(factory, said, command, crdnd, monkeypatch):
+    monkeypatch.delitem(sys.modules, "failingnets", raising=False)
+    Path("failingnets.py").write_text(factory + "\n")
+    ended = crdnd(*command, "failingnets:net")
+    assert (ended.status, ended.out) == (2, "")
+    message = f"failingnets:net: called without arguments, it failed ({said}); python -c "
+    assert ended.err == f"error: {message}'import failingnets; failingnets.net()' shows where.\n"
+    assert not Path("o").exists()
+
+
+def test_a_run_in_the_folder_where_one_stands_is_meant_by_a_dot(crdnd):
+    assert crdnd("train", "--objective", "natural", *TINY, *LINF, "--out", ".").status == 0
+    assert Path("model.safetensors").exists()
+
+
 def test_distill_makes_a_student_of_a_teacher(crdnd, natural, tmp_path):
     shown = crdnd(
         "distill", "--objective", "rslad", "--teacher", str(natural), *TINY, *ATTACKED, "--eps", "8/255",
@@ -523,11 +577,11 @@ def test_attacks_on_the_command_line_replace_those_of_a_recipe_and_keep_their_se
 
 def test_evaluate_shows_classes_a_sweep_and_the_verdict(crdnd, natural):
     shown = crdnd(
-        "evaluate", str(natural), "--attacks", "fgsm", "--n", "30", "--per-class", "--eps-sweep", "0.2,1/100",
+        "evaluate", str(natural), "--attacks", "fgsm", "--n", "30", "--per-class", "--eps-sweep", "0.2,1/100,0.2,4/255",
         "--batch-size", "auto",
     )  # fmt: skip
     assert shown.status == 0, shown.err
-    assert re.search(r"eps 0\.01: .*\n(.*\n)*eps 0\.2: ", shown.out)
+    assert re.findall(r"^eps (\S+): ", shown.out, re.MULTILINE) == ["0.01", "4/255", "0.2"]
     assert re.search(r"^ +9 +.*/", shown.out, re.MULTILINE)
     assert re.search(r"^verdict: (consistent|suspicious because)", shown.out, re.MULTILINE)
 
@@ -617,6 +671,25 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no eps": (("train", "--objective", "natural", *TINY, "--out", "o"), "threat: .*required; give it with --eps"),
     "norm without eps": (("train", "--objective", "natural", *TINY, "--norm", "l2", "--out", "o"), "threat.eps: .*req"),
     "no folder": (("train", "--objective", "natural", *TINY, *LINF), "out: .*required; give it with --out"),
+    "folder without a name": (
+        ("train", "--objective", "natural", *TINY, *LINF, "--out", ""),
+        "out: is empty, as what an unset variable gives; name a folder, or write . for the current one",
+    ),
+    "folder without a name for a student": (
+        ("distill", "--objective", "ard", "--teacher", "model", *TINY, *LINF, "--out", ""),
+        "out: is empty, as what an unset variable gives",
+    ),
+    "folder of the teacher": (
+        ("distill", "--objective", "ard", "--teacher", "model", *TINY, *LINF, "--out", "./model/", "--fresh"),
+        r"out: is the teacher's folder; choose another\.$",
+    ),
+    "folder of the second teacher": (
+        (
+            *("distill", "--objective", "mtard", "--teacher", "model/last", "--second-teacher", "model"),
+            *(*TINY, *LINF, "--out", "model"),
+        ),
+        r"out: is the teacher's folder; choose another\.$",
+    ),
     "objective": (("train", "--objective", "trade", *TINY, *LINF, "--out", "o"), "did you mean 'trades'"),
     "model": (("train", "--objective", "natural", "--model", "cmn", *LINF, "--out", "o"), "did you mean 'cnn'"),
     "data": (("train", "--objective", "natural", *TINY, *LINF, "--data", "digit", "--out", "o"), "mean 'digits'"),

@@ -19,9 +19,9 @@ from crdnd import ThreatModel, create_model, load_data
 from crdnd.cli import _jobs as _jobs_module
 from crdnd.cli import compare as compare_module
 from crdnd.cli import main
-from crdnd.cli._grid import Spec, choose, judged, make_grid, what_differs
+from crdnd.cli._grid import Spec, choose, judged, make_grid, measured_otherwise, what_differs
 from crdnd.cli._jobs import Job, run_jobs, side_by_side, threads_for
-from crdnd.cli.compare import _jobs, make_plan, run_plan
+from crdnd.cli.compare import _jobs, make_plan, measure_cell, run_plan
 from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.engine import Validation
@@ -243,13 +243,18 @@ def test_a_trial_that_diverged_has_lost():
         ({"seeds": [0]}, ["seed 1 is gone"]),
         ({"objectives": {"rslad": {}}}, ["objectives.natural is gone"]),
         ({"shared": merge(SPEC["shared"], {"epochs": 2})}, ["shared.epochs: 1 -> 2"]),
-        ({"preset": "standard"}, ["preset: quick -> standard"]),
+        ({"preset": "standard", "n": 9}, []),
         ({"trial_seeds": [1]}, ["trial_seeds: (0,) -> (1,)"]),
         ({"students": {"cnn-2": {"model": {"name": "cnn", "width": 3}}}}, ["students.cnn-2.model.width: 2 -> 3"]),
     ],
 )
 def test_a_folder_takes_more_cells_and_nothing_else(changes, found):
     assert what_differs(spec(), spec(**changes)) == found
+
+
+def test_how_cells_are_measured_may_change():
+    assert measured_otherwise(spec(), spec(preset="standard", n=9)) == ["preset: quick -> standard", "n: None -> 9"]
+    assert measured_otherwise(spec(n=9), spec(n=9, seeds=[0, 1, 2])) == []
 
 
 # Jobs
@@ -514,6 +519,66 @@ def test_numbers_whose_runs_are_gone_stay_until_there_are_new_ones(copied, monke
     assert file.read_bytes() == before
 
 
+OTHER = ("--preset", "apgd", "--n", "20")
+
+
+def other_protocol() -> str:
+    test = load_data("digits", 0).test.subset(torch.arange(20))
+    return make_protocol(test, ThreatModel(eps=0.1), PRESETS["apgd"].attacks).fingerprint
+
+
+def models(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {name: value for name, value in weights(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.slow
+def test_another_protocol_measures_every_cell_again_and_trains_none(copied, compare):
+    before, looks, old = models(copied), len(log(copied)), document(copied)
+    again = compare(copied, *OTHER)
+    assert again.status == 1  # the broken cell
+    said = r"^out/compare\.json: was measured otherwise \(preset: quick -> apgd; n: 60 -> 20\); trained runs are kept"
+    assert re.search(said, again.err, re.MULTILINE)
+    assert models(copied) == before
+    new = document(copied)
+    assert [protocol.fingerprint for protocol in new.protocols] == [other_protocol()]
+    assert [(cell.name, cell.protocol, cell.row.n) for cell in new.cells if cell.row] == [
+        (f"{name}/seed-0", other_protocol(), 20) for name in GOOD
+    ]
+    assert all(list(cell.row.attacks) == list(PRESETS["apgd"].attacks) for cell in new.cells if cell.row)
+    assert new.choices == old.choices
+    assert sorted((entry["cell"], entry["protocol"]) for entry in log(copied)[looks:]) == [
+        (f"{name}/seed-0", other_protocol()) for name in GOOD
+    ]
+    header = (copied / "out" / "leaderboard.csv").read_text()
+    assert "apgd_ce" in header
+    assert "pgd_sat" not in header
+    report = (copied / "out" / "report.html").read_text()
+    assert other_protocol() in report
+    assert old.protocols[0].fingerprint not in report
+    looks = len(log(copied))
+    assert "was measured otherwise" not in compare(copied, *OTHER).err
+    assert len(log(copied)) == looks
+
+
+@pytest.mark.slow
+def test_a_comparison_stopped_under_another_protocol_never_mixes_two(copied, compare, monkeypatch):
+    def stopped(plan, log, processes):
+        measure_cell(lambda *_: None, plan.grid.cells[0], plan.spec.preset, plan.spec.n, log)
+        raise Interrupted("", 130)
+
+    shutil.rmtree(copied / "out" / "cells" / "rslad")  # its numbers are of the old protocol alone
+    files = {name: (copied / "out" / name).read_bytes() for name in ("compare.json", "leaderboard.csv", "report.html")}
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_module, "_run", stopped)
+        assert compare(copied, *OTHER).status == 130
+    assert {name: (copied / "out" / name).read_bytes() for name in files} == files
+    looks = log(copied)
+    assert [entry["protocol"] == other_protocol() for entry in looks] == [False, False, False, True]
+    assert compare(copied, *OTHER).status == 1
+    assert {cell.protocol for cell in document(copied).cells if cell.row} == {other_protocol()}
+    assert sorted(entry["cell"] for entry in log(copied)[len(looks) :]) == [f"{name}/seed-0" for name in GOOD[1:]]
+
+
 def test_a_second_command_in_the_same_folder_is_refused_in_one_line(tmp_path, compare):
     (tmp_path / "out").mkdir()
     with exclusive(tmp_path / "out"):
@@ -577,6 +642,7 @@ def test_options_make_the_same_spec_as_a_recipe(tmp_path, compare, monkeypatch):
         (("--objectives", "natrual", "--student", "cnn", "--eps", "0.1"), "did you mean 'natural'"),
         (("--objectives", "natural", "--student", "cnn", "--eps", "0.1", "--preset", "quik"), "did you mean 'quick'"),
         (("--recipe", "none.yaml"), "none.yaml: cannot be read"),
+        (("--objectives", "natural", "--student", "cnn", "--eps", "0.1", "--out", ""), "out: is empty, as what an"),
     ],
 )
 def test_a_mistake_in_the_options_costs_one_line(options, message, tmp_path, monkeypatch, capsys):

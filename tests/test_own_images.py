@@ -243,13 +243,23 @@ def test_a_class_without_training_images_is_refused_and_one_without_test_images_
         (("c", "a", "b"), ("a", "b", "c"), [0, 2]),
         (("0", "1", "3"), ("0", "1", "2", "3"), [1, 0]),
         (("0", "1", "2"), ("0", "1", "10", "2"), [1, 0]),
+        (("a",), ("a", "b", "c"), [0, 0]),
         (("a", "b"), ("0", "1"), [1, 0]),
         (("0", "1"), ("a", "b"), [1, 0]),
     ],
 )
 def test_labels_follow_the_names_of_the_models_classes(names, model, labels):
-    data = ImageData(torch.zeros(2, 1, 3, 4), torch.tensor([1, 0]), len(names), names)
+    y = torch.tensor([1, 0]) % len(names)
+    data = ImageData(torch.zeros(2, 1, 3, 4), y, len(names), names)
     assert with_classes(data, model).y.tolist() == labels
+
+
+def test_classes_without_names_are_taken_in_order_with_a_warning_and_only_if_they_are_as_many(caplog):
+    data = ImageData(torch.zeros(2, 1, 3, 4), torch.tensor([1, 0]), 2, ("cat", "dog"))
+    with_classes(data, ("0", "1"))
+    assert "the model's classes have no names and are taken in the order of these: 0 is cat, 1 is dog" in caplog.text
+    with pytest.raises(InputError, match=r"has 2 classes, cat and others; the model has 3, unnamed"):
+        with_classes(data, ("0", "1", "2"))
 
 
 def test_a_class_that_the_model_does_not_know_is_refused():
@@ -314,6 +324,49 @@ def test_what_a_student_cannot_be_is_said_before_its_teacher_is_trained(argument
     assert "Traceback" not in err
     assert "one is trained first" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "ema=0.5"), r"r: holds a run with other settings \(ema: None -> 0\.5\)\. Use --fresh"),
+        (("--set", "model.width=3"), r"r: holds a run with other settings \(model: cnn\S* \w+ -> cnn\S* \w+\)\. Use"),
+        (("--set", "split_seed=1"), r"r: holds a run with other settings \(data: my photos \w+ -> my photos \w+;"),
+    ],
+)
+def test_another_run_in_the_students_folder_is_refused_before_its_teacher_is_trained(
+    arguments, message, trained, photos, crdnd, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "r")
+    options = ("--images", str(photos), "--epochs", "2", "--set", "attack.steps=1", "--out", "r")
+    status, out, err = crdnd("distill", *options, *arguments)
+    assert (status, out) == (2, "")
+    assert re.match(f"error: {message}", err.splitlines()[-1])
+    assert "one is trained first" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_what_is_no_run_in_the_students_folder_is_refused_before_its_teacher_is_trained(trained, photos, crdnd):
+    shutil.copytree(trained, "r")
+    options = ("--images", str(photos), "--epochs", "2", "--set", "attack.steps=1", "--out", "r")
+    for damage, message in (
+        (lambda: Path("r/run.json").write_text("{"), "r/run.json: cannot be read as JSON .*--fresh"),
+        (lambda: Path("r/run.json").unlink(), r"r: holds a checkpoint, but run\.json with its settings is missing"),
+        (lambda: Path("r/checkpoint.json").unlink(), "r: holds a model and not the run that made it"),
+    ):
+        damage()
+        status, _, err = crdnd("distill", *options)
+        assert status == 2
+        assert re.match(f"error: {message}", err.splitlines()[-1])
+        assert not Path("r-teacher").exists()
+
+
+def test_a_second_teacher_in_the_students_folder_is_refused_before_the_first_is_trained(trained, photos, crdnd):
+    shutil.copytree(trained, "r")
+    second = ("--objective", "mtard", "--second-teacher", "r/", "--out", "./r", "--fresh")
+    status, _, err = crdnd("distill", "--images", str(photos), *second)
+    assert (status, err.splitlines()[-1]) == (2, "error: out: is the teacher's folder; choose another.")
+    assert [path.name for path in Path().iterdir()] == ["r"]
 
 
 def test_a_teacher_shares_all_settings_but_those_that_the_page_says_it_does_not(photos, capsys):
@@ -387,6 +440,19 @@ def test_a_folder_without_test_images_is_not_said_to_measure_the_model(tmp_path,
         status, out, err = crdnd("evaluate", run, "--data", data, "--attacks", "fgsm", "--json")
         assert (status, "holds no test images, and the model was trained on what it holds" in err) == (0, said)
         assert json.loads(out)["protocol"]["split"] == ("training" if said else "test")
+
+
+def test_the_next_command_of_a_run_of_ones_own_code_sees_the_images_as_the_run_did(tmp_path, crdnd):
+    make_photos(tmp_path / "my photos", counts=(12, 12))
+    Path("photonets.py").write_text(
+        "from torch import nn\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))\n"
+    )
+    options = ("--model", "photonets:flat", "--objective", "natural", "--epochs", "1", "--set", "image_size=8")
+    status, out, err = crdnd("train", "--images", "my photos", *options, "--out", "r")
+    assert status == 0, err
+    status, out, err = crdnd(*shlex.split(out.partition("crdnd ")[2]), "--attacks", "fgsm", "--json")
+    assert status == 0, err
+    assert json.loads(out)["protocol"]["eps"] == 8 / 255
 
 
 def test_imbalanced_classes_are_reported(tmp_path, crdnd):

@@ -284,6 +284,36 @@ def test_fresh_with_a_mistake_moves_nothing(tmp_path):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_does_not_take_the_place_of_its_teacher(fresh, tmp_path, monkeypatch):
+    train(cnn(), splits(), out=tmp_path / "teacher", **settings())
+    (tmp_path / "link").symlink_to(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    before = content(tmp_path)
+    ways: list[dict[str, Any]] = [
+        {"teacher": "teacher", "out": "teacher"},
+        {"teacher": tmp_path / "teacher", "out": "./teacher/"},
+        {"teacher": "link", "out": Path("teacher")},
+        {"teacher": "teacher/model.safetensors", "out": tmp_path / "teacher"},
+        {"teacher": cnn(seed=1), "second_teacher": "teacher", "out": "link"},
+        {"teacher": "nets:small", "teacher_weights": "teacher", "out": "teacher"},
+    ]
+    for way in ways:
+        with pytest.raises(InputError, match=r"^out: is the teacher's folder; choose another\.$"):
+            distill(cnn(), splits(), fresh=fresh, **way, **settings(objective="rslad"))
+    assert content(tmp_path) == before
+
+
+def test_fresh_does_not_move_a_teacher_aside_that_lies_in_the_folder(tmp_path):
+    train(cnn(), splits(), out=tmp_path, **settings())
+    train(cnn(), splits(), out=tmp_path / "teacher", **settings())
+    before = content(tmp_path)
+    for teacher in (tmp_path / "teacher", tmp_path / "last"):
+        with pytest.raises(InputError, match=r"^out: holds the teacher, which --fresh would move aside; choose"):
+            distill(cnn(), splits(), teacher=teacher, out=tmp_path, fresh=True, **settings(objective="rslad"))
+    assert content(tmp_path) == before
+
+
 def test_fresh_moves_only_what_a_run_has_made(tmp_path):
     (tmp_path / "run.yaml").write_text("mine")
     (tmp_path / "other").mkdir()

@@ -64,6 +64,16 @@ def test_parts_share_what_one_of_them_has_done(tiny, capsys):
     assert (tiny / "results/test-log.jsonl").read_text().splitlines() == looks
 
 
+def test_a_part_that_is_measured_otherwise_keeps_its_runs(tiny, monkeypatch):
+    assert run("tiny", "--quick", "--jobs", "1") == 0
+    before = {file: file.stat().st_mtime_ns for file in (tiny / "runs").rglob("model.safetensors")}
+    assert before
+    (tiny / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"all": TINY["all"] | {"n": 15}}))
+    assert run("tiny", "--quick", "--jobs", "1") == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert [cell["row"]["n"] for cell in json.loads((tiny / "results/tiny/quick.json").read_text())["cells"]] == [15]
+
+
 def test_the_quick_form_is_a_part_of_its_own(tiny):
     assert run("tiny", "--quick", "--jobs", "1") == 0
     assert [file.name for file in (tiny / "results/tiny").iterdir()] == ["quick.json"]

@@ -29,6 +29,8 @@ OF_THE_RUN = {
 }
 """What the run itself hands to a model and a method, and so nobody else can."""
 
+NO_FOLDER = "is empty, as what an unset variable gives; name a folder, or write . for the current one."
+
 
 class Recipe(TrainSettings):
     """A training run with everything it needs, by name."""
@@ -78,6 +80,13 @@ class Recipe(TrainSettings):
         name, own = parse_spec(str(values["name"]), "model")
         return {**own, **values, "name": name}
 
+    @field_validator("out")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError(NO_FOLDER)
+        return value
+
     @model_validator(mode="after")
     def _leaves_the_run_its_own(self) -> "Recipe":
         _check_settable("objective", self.objective)
@@ -87,7 +96,7 @@ class Recipe(TrainSettings):
         """Do it, or go on with it, or return it if it is done."""
         splits = self.load_data()
         model = self.build_model(splits)
-        own = {name: getattr(self, name) for name in TrainSettings.model_fields}
+        own = self.of_training()
         if self.teacher is not None:
             return distill(
                 model, splits, teacher=self.teacher, teacher_weights=self.teacher_weights,
@@ -99,6 +108,10 @@ class Recipe(TrainSettings):
         if self.teacher_weights is not None or self.second_teacher_weights is not None:
             raise InputError("teacher_weights: there is no teacher that they belong to.")
         return train(model, splits, out=self.out, fresh=fresh, role=self.role, listener=listener, **own)
+
+    def of_training(self) -> dict[str, Any]:
+        """What `train` and `distill` take as settings."""
+        return {name: getattr(self, name) for name in TrainSettings.model_fields}
 
     def load_data(self) -> Splits:
         """Training, validation and test data; `label_noise` spoils the first alone."""

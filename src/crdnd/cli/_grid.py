@@ -274,10 +274,9 @@ def _check_runs(grid: Grid) -> None:
 
 
 def what_differs(old: Spec, new: Spec) -> list[str]:
-    """How a spec differs from the one that a folder was made with, apart from cells that were added."""
+    """How a spec's runs differ from those that a folder was made with, apart from cells that were added."""
     found = [f"shared.{text}" for text in differences(old.shared, new.shared, {})]
-    for key in ("splits", "trial_seeds", "preset", "n"):
-        found += differences({key: getattr(old, key)}, {key: getattr(new, key)}, {})
+    found += _settings_that_differ(old, new, ("splits", "trial_seeds"))
     for section in ("teachers", "students", "objectives"):
         before, after = getattr(old, section), getattr(new, section)
         for name, entry in before.items():
@@ -286,6 +285,15 @@ def what_differs(old: Spec, new: Spec) -> list[str]:
             else:
                 found.append(f"{section}.{name} is gone")
     return found + [f"seed {seed} is gone" for seed in old.seeds if seed not in new.seeds]
+
+
+def measured_otherwise(old: Spec, new: Spec) -> list[str]:
+    """How the measuring of two specs differs, which touches no training."""
+    return _settings_that_differ(old, new, ("preset", "n"))
+
+
+def _settings_that_differ(old: Spec, new: Spec, keys: Sequence[str]) -> list[str]:
+    return differences({key: getattr(old, key) for key in keys}, {key: getattr(new, key) for key in keys}, {})
 
 
 def judged(settings: dict[str, Any], validations: Sequence[Validation]) -> Trial:

@@ -1,6 +1,7 @@
 """`crdnd compare`: which method is better, for which student, with which teacher."""
 
 import json as json_module
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,7 +70,7 @@ def compare_command(
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="The method that the others are compared with.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the leaderboard.")] = Path("runs/compare"),
+    out: Annotated[str, typer.Option("--out", help="Folder of the runs and the leaderboard.")] = "runs/compare",
     jobs: JobsOption = None,
     fresh: FreshOption = False,
     json: JsonOption = False,
@@ -78,8 +79,9 @@ def compare_command(
 
     A method with several settings to choose from (trials of a recipe) runs with those that have the highest robust
     accuracy on validation data, chosen for each student and teacher before any test image is looked at. A stopped
-    comparison goes on with the same command; more seeds, methods, students or teachers extend it. A cell that fails
-    loses no other one: the rest goes on, and the exit status is 1.
+    comparison goes on with the same command; more seeds, methods, students or teachers extend it; with another --preset
+    or --n what is trained is measured again. A cell that fails loses no other one: the rest goes on, and the exit
+    status is 1.
 
     Teachers given as options exist already, so all seeds share the split of the data that such a teacher was trained
     on. A recipe can have a teacher trained for each seed on a split of its own.
@@ -95,18 +97,22 @@ def compare_command(
         crdnd compare --recipe rslad-cifar10-resnet18-short --objectives rslad,crdnd --teacher runs/teacher
     """  # noqa: E501
     from crdnd.io import exclusive, make_folder, move_aside
+    from crdnd.recipe import NO_FOLDER
 
+    if not out.strip():
+        raise InputError(f"out: {NO_FOLDER}")
+    folder = Path(out)
     shared = given(data=data, threat__eps=eps, threat__norm=norm, epochs=epochs)
     options = given(preset=preset, n=n, baseline=baseline, seeds=None if seeds is None else list(range(seeds)))
     spec = _spec(recipe, assignments or [], shared, options, objectives, students or [], teachers or [])
-    plan = make_plan(spec, out)  # whatever is wrong with it is said before anything is written
-    make_folder(out)
-    with exclusive(out):
+    plan = make_plan(spec, folder)  # whatever is wrong with it is said before anything is written
+    make_folder(folder)
+    with exclusive(folder):
         if fresh:
-            move_aside(out, [RESULTS])
-        refuse_another(out / RESULTS, spec, "Use --fresh to move it aside and start over, or choose another --out.")
-        comparison = run_plan(plan, out / RESULTS, out / LOG, jobs)
-        _report(comparison, out, json=json)
+            move_aside(folder, [RESULTS])
+        refuse_another(folder / RESULTS, spec, "Use --fresh to move it aside and start over, or choose another --out.")
+        comparison = run_plan(plan, folder / RESULTS, folder / LOG, jobs)
+        _report(comparison, folder, json=json)
     raise_failures(comparison)
 
 
@@ -143,17 +149,25 @@ def make_plan(spec: "Spec", out: Path) -> Plan:
 def refuse_another(document: Path, spec: "Spec", instead: str) -> None:
     """Refuse a document of another comparison, and say what to do instead.
 
-    One that this comparison only adds cells to is the same.
+    One that this comparison only adds cells to is the same, and so is one that measures the same runs otherwise, which
+    is said.
     """
-    from crdnd.cli._grid import Spec, what_differs
+    from crdnd.cli._grid import Spec, measured_otherwise, what_differs
     from crdnd.config import build
     from crdnd.report.comparison import load_comparison
 
     if document.exists():
-        found = what_differs(build(Spec, load_comparison(document).spec, where=str(document)), spec)
+        old = build(Spec, load_comparison(document).spec, where=str(document))
+        found = what_differs(old, spec)
         if found:
             raise InputError(
                 f"{document.parent}: holds a comparison with other settings ({'; '.join(found)}). {instead}"
+            )
+        if again := measured_otherwise(old, spec):
+            print(
+                f"{document}: was measured otherwise ({'; '.join(again)}); trained runs are kept and measured anew, "
+                "and its numbers are replaced at the end",
+                file=sys.stderr,
             )
 
 
@@ -167,7 +181,7 @@ def run_plan(plan: Plan, document: Path, log: Path, processes: int | None) -> "C
         processes: runs side by side; see `side_by_side`.
     """
     # The spec is on disk before the first run, so that a killed comparison is not mixed up with another one. Numbers
-    # whose runs are gone stay until there are new ones.
+    # whose runs are gone, or of another protocol, stay as they are until all are there that replace them.
     if not document.exists():
         _write(document, _collect(plan, {}))
     comparison = _collect(plan, _run(plan, log, processes))

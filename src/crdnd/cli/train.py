@@ -169,16 +169,19 @@ REQUIRED = {"objective": "--objective", "model": "--model", "threat": "--eps", "
 
 def _train_teacher(settings: dict[str, Any], given_settings: dict[str, Any], *, fresh: bool) -> str:
     """Train the teacher that is missing, or go on with it. Returns its folder."""
-    _check_student(settings)
+    _check_student(settings, fresh=fresh)
     run = _run(teacher_of(settings, given_settings), fresh=fresh)
     state = "was trained before" if run.reused else "is trained"
     print(f"the teacher {state}; now the student is, in {settings['out']}", file=sys.stderr)
     return str(run.folder)
 
 
-def _check_student(settings: dict[str, Any]) -> None:
+def _check_student(settings: dict[str, Any], *, fresh: bool) -> None:
     """What the student's run would refuse is said before hours go into its teacher."""
     from crdnd.cli._runs import check_run
+    from crdnd.config import build
+    from crdnd.engine import TrainSettings
+    from crdnd.engine.run import check_goes_on, check_place
     from crdnd.models import resolve_model
     from crdnd.recipe import make_recipe
 
@@ -187,7 +190,12 @@ def _check_student(settings: dict[str, Any]) -> None:
         if settings.get(key) is not None:
             raise InputError(f"{key}: is for a teacher that is given; give --teacher too, or leave it away.")
     recipe = make_recipe({**settings, "teacher": teacher_folder(settings)})
-    check_run(recipe, recipe.load_data())
+    check_place(recipe.out, (recipe.second_teacher, recipe.second_teacher_weights), fresh=fresh)
+    splits = recipe.load_data()
+    check_run(recipe, splits)
+    if not fresh:
+        own = build(TrainSettings, recipe.of_training())
+        check_goes_on(Path(recipe.out), own, recipe.build_model(splits), splits)
     if recipe.second_teacher is not None:
         resolve_model(recipe.second_teacher, recipe.second_teacher_weights)
 
@@ -253,6 +261,7 @@ def _check_teachers(recipe: "Recipe", *, quiet: bool) -> None:
 def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
     from crdnd.data import has_test
     from crdnd.models import read_card
+    from crdnd.recipe import make_recipe
 
     card = read_card(run.folder)
     best = run.history[run.best_epoch - 1].validation
@@ -274,10 +283,26 @@ def _report(run: "Run", settings: dict[str, Any], *, json: bool) -> None:
         f"{run.folder}: {'already finished, reused' if run.reused else 'done'}. Best epoch {run.best_epoch} of ", end=""
     )
     print(f"{len(run.history)}: validation clean {best.clean.percent:.1f}%, robust {best.robust.percent:.1f}%.")
-    data = str(settings.get("data") or "")
-    what, where = "test data", ""
-    if data and Path(data).exists():
-        where = f" --data {shlex.quote(data)}"
-        if not has_test(Path(data)):
-            what, where = "images that it was not trained on", " --data PATH"
-    print(f"Measure it under attack on {what}: crdnd evaluate {run.folder}{where}")
+    recipe = make_recipe(settings)
+    own_code = card.architecture is None
+    is_path = "data" in settings and Path(recipe.data).exists()
+    code = [recipe.model.name, "--weights"] if own_code else []
+    what, command = "test data", ["crdnd", "evaluate", *code, str(run.folder)]
+    if is_path and not has_test(Path(recipe.data)):
+        what = "images that it was not trained on"
+        command += ["--data", "PATH"]
+    elif is_path or own_code:
+        command += ["--data", recipe.data]
+    if own_code:
+        command += _told_by_a_card(recipe)
+    print(f"Measure it under attack on {what}: {shlex.join(command)}")
+
+
+def _told_by_a_card(recipe: "Recipe") -> list[str]:
+    """Options that say what an evaluation finds in a model's card, for weights that are given beside their code."""
+    options = ["--eps", str(recipe.threat.eps), "--norm", recipe.threat.norm]
+    if recipe.split_seed:
+        options += ["--set", f"split_seed={recipe.split_seed}"]
+    if recipe.image_size is not None:
+        options += ["--set", f"image_size={recipe.image_size}"]
+    return options

@@ -186,12 +186,7 @@ def check_goes_on(out: Path, settings: TrainSettings, student: nn.Module, splits
     known: dict[str, Any] = {}
     with suppress(InputError):  # what is wrong with the file is said below
         known = read_json(out / RUN).get("identity", {})
-    own = {
-        "data": f"{splits.train.name} {splits.sha256[:16]}",
-        "model": _describe(student),
-        "normalization": _normalization(student),
-    }
-    _open_run(out, settings, {**known, **own}, (), Levers())
+    _open_run(out, settings, {**known, **_identity(student, splits)}, (), Levers())
 
 
 def _teacher(given: nn.Module | str | Path, weights: str | Path | None, setting: str) -> nn.Module:
@@ -285,11 +280,9 @@ def _run(
         check_teacher_gradients(teachers[0], attack, splits.train)
     teacher_sha256 = sha256s[0] if sha256s else None
     identity = {
-        "data": f"{splits.train.name} {splits.sha256[:16]}",
+        **_identity(student, splits),
         "teacher": teacher_sha256 and teacher_sha256[:16],
         "second_teacher": sha256s[1][:16] if len(sha256s) > 1 else None,
-        "model": _describe(student),
-        "normalization": _normalization(student),
     }
     shared = SharedRun(processes())
     accelerator = _accelerator(settings, out, shared.count)
@@ -367,6 +360,15 @@ def _check_teachers(teachers: Sequence[nn.Module], data: ImageData, settings: Tr
         TeacherCheck(role=role, input=one.wanted if isinstance(one, Adapted) else None)
         for one, role in zip(teachers, roles, strict=False)
     ]
+
+
+def _identity(student: nn.Module, splits: Splits) -> dict[str, Any]:
+    """What a run is of, its teachers apart."""
+    return {
+        "data": f"{splits.train.name} {splits.sha256[:16]}",
+        "model": _describe(student),
+        "normalization": _normalization(student),
+    }
 
 
 def _describe(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """Model folders: `model.safetensors` with the weights and `model.json` with everything else. Nothing in them is run."""
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,9 +129,11 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors = parse_tensors(read_verified(file, card.sha256, WAY_OUT), file)
     if model is None:
         if card.architecture is None:
+            place = shlex.quote(str(path))
             raise InputError(
                 f"{path}: holds weights of {card.class_name}, which only its own code can build; "
-                "call load_model(path, model=your_module)."
+                "call load_model(path, model=your_module), or on the command line give package.module:factory "
+                f"--weights {place}, a teacher as --teacher package.module:factory --teacher-weights {place}."
             )
         model = build_architecture(card.architecture)
     load_tensors(model, tensors, str(file), "load it into the architecture it was made with")

@@ -218,7 +218,13 @@ def _call_factory(spec: str) -> nn.Module:
         raise InputError(f"{spec}: cannot be imported ({error}).") from None
     if not callable(factory) or isinstance(factory, nn.Module):
         raise InputError(f"{spec}: must be a function that returns the model, got {type(factory).__name__}.")
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:  # it is the user's code, and may raise anything
+        raise InputError(
+            f"{spec}: called without arguments, it failed ({type(error).__name__}: {first_line(error)}); "
+            f"python -c 'import {module_name}; {module_name}.{factory_name}()' shows where."
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}.")
     return model
