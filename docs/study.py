@@ -286,7 +286,7 @@ def against_all() -> Any:
         panel.errorbar([one.mean for one in found], names, xerr=half, fmt="o", color="#1f5fa8", capsize=3)
         panel.axvline(0, color="#888888", linewidth=1)
         panel.set(title=student_of(comparison), xscale="symlog", xlabel=f"{OURS} minus it, points")
-        marks = (-1, 0, 1, 3, 10, 50)
+        marks = (-3, -1, 0, 1, 3, 10, 50)
         panel.set_xticks(marks, [str(place) for place in marks])
         panel.grid(axis="x", color="#dddddd")
     return figure

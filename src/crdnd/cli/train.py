@@ -128,7 +128,8 @@ def distill_command(
     --objective has no default, because no method leads everywhere. In comparisons of small networks here, crdnd_plus
     stands highest under AutoAttack of the methods with a teacher: on the digits (docs/study-crdnd-plus.md), ard with
     tau 1 about a point below and rslad two and a half, and on CIFAR-10 (docs/cifar10.md), both three points below.
-    trades or pgd_at, without a teacher, stand as high. CRDND as published looks better under PGD than it is.
+    trades or pgd_at, without a teacher, stand as high, and in a network of 496 weights mart stands higher. CRDND as
+    published looks better under PGD than it is.
 
     The teacher's natural accuracy on validation images is measured first. At chance level it is refused, with the
     likely cause (normalisation, [0, 255] inputs, order of channels or classes); `crdnd check-teacher` measures alone.
