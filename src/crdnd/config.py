@@ -89,7 +89,7 @@ def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
             break
         options = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
         current = next((option for option in options if _is_model(option)), None)
-    return list(current.model_fields) if _is_model(current) else []
+    return [field.alias or name for name, field in current.model_fields.items()] if _is_model(current) else []
 
 
 def _is_model(kind: Any) -> bool:
