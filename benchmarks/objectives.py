@@ -49,7 +49,7 @@ def jobs(options: argparse.Namespace, names: list[str]) -> dict[str, Callable[[]
     found: dict[str, Callable[[], None]] = {}
     for name in names:
         student = network(options.width, 0).train()
-        sizes = Sizes(feature_size(student), feature_size(teacher), len(splits.train))
+        sizes = Sizes(feature_size(student, x), feature_size(teacher, x), len(splits.train))
         objective = load_objective(name)(classes, sizes=sizes).to(device)
         attack = objective.attack if options.own_attacks or objective.attack is None else SHARED
         with evaluating(student):

@@ -194,7 +194,7 @@ class Looked:
             self.x = torch.rand(run.batch_size, *run.shape)
             self.y, self.ids = (torch.arange(run.batch_size) % most for most in (run.classes, run.samples))
         self.teacher.eval().requires_grad_(False)
-        sizes = Sizes(feature_size(self.student), feature_size(self.teacher), run.samples)
+        sizes = Sizes(feature_size(self.student, self.x), feature_size(self.teacher, self.x), run.samples)
         objective = load_objective(run.objective)(run.classes, sizes=sizes).to(device)
         self.processes = objective.processes = Heard()
         attack = objective.attack

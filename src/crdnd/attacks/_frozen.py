@@ -211,8 +211,9 @@ def _trace(model: nn.Module, probe: Tensor) -> tuple[tuple[Tensor, Tensor], dict
     def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         times[module] = times.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
-            outputs[id(output)] = _Output(module, output, output._version, output.grad_fn)
             shapes[module] = arguments[0].shape[1:], output.shape[1:]
+            if output.grad_fn is not None:  # without a graph nobody can say who reads it
+                outputs[id(output)] = _Output(module, output, output._version, output.grad_fn)
         elif isinstance(module, nn.BatchNorm2d):
             read = outputs.get(id(arguments[0]))
             if read is not None and read.version == arguments[0]._version:  # and not `maps += shortcut` in between
@@ -258,17 +259,20 @@ def _uses(logits: Tensor) -> Counter[object]:
 
 @contextmanager
 def _moved(model: nn.Module) -> Generator[None]:
-    """Batch norms as after a training, for the body's time: a new one changes so little that leaving it out agrees."""
+    """Batch norms of another scale for the body's time: a new one changes so little that leaving it out agrees.
+
+    By turns larger and smaller, so that the network's answers keep their size; and not shifted, which might leave its
+    rectifiers nothing.
+    """
     norms = [one for one in model.modules() if type(one) is nn.BatchNorm2d]
-    kept = [(one.running_mean, one.running_var) for one in norms]
-    for norm, (mean, variance) in zip(norms, kept, strict=True):
-        if mean is not None and variance is not None:
-            norm.running_mean, norm.running_var = mean + 0.1 * variance.sqrt(), 1.2 * variance
+    kept = [one.running_var for one in norms]
+    for index, (norm, variance) in enumerate(zip(norms, kept, strict=True)):
+        norm.running_var = None if variance is None else variance * (0.5 if index % 2 else 2)
     try:
         yield
     finally:
-        for norm, (mean, variance) in zip(norms, kept, strict=True):
-            norm.running_mean, norm.running_var = mean, variance
+        for norm, variance in zip(norms, kept, strict=True):
+            norm.running_var = variance
 
 
 def _pixels(convolution: nn.Conv2d, inputs: torch.Size, outputs: torch.Size) -> PixelMatrix | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crdnd.data import ImageData, Splits
-from crdnd.engine.step import logits_and_features
+from crdnd.engine.step import feature_size
 from crdnd.errors import InputError, first_line
 from crdnd.models import device_of, evaluating, lets_gradients_through
 from crdnd.objectives import TrainingAttack, load_objective
@@ -77,8 +77,7 @@ def feature_sizes(
     for place, (what, network) in enumerate(zip(("student", "teacher"), (student, *teachers), strict=False)):
         if any(view.startswith(f"{what[0]}_") and view.endswith("_features") for view in needs):
             try:
-                with evaluating(network), torch.no_grad():
-                    sizes[place] = logits_and_features(network, _few(data, network))[1].shape[1]
+                sizes[place] = feature_size(network, _few(data, network))
             except InputError as error:
                 raise InputError(f"{what}: {str(error).rstrip('.')}, and objective {objective} needs them.") from None
     return sizes[0], sizes[1]

@@ -333,3 +333,9 @@ def logits_and_features(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if not inputs or inputs[0].ndim != 2 or len(inputs[0]) != len(x):
         raise InputError(f"{type(network).__name__} has no linear layer at its end to read features from.")
     return logits, inputs[0]
+
+
+def feature_size(network: nn.Module, x: Tensor) -> int:
+    """How wide the features of a network are, seen on images x; raises as `logits_and_features` does."""
+    with evaluating(network), torch.no_grad():
+        return logits_and_features(network, x)[1].shape[1]

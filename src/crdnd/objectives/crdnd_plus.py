@@ -25,11 +25,11 @@ Relations as what is distilled are due to Park et al. 2019 (arXiv 1904.05068), t
 ECCV), trust by T_y to Zhu et al. 2022 (arXiv 2106.04928).
 
 What to know before you use it: its study, docs/study-crdnd-plus.md. On the digits it leads every other method with a
-teacher under AutoAttack in networks of 6,274 and 1,702 weights, RSLAD by less than what would make it the default; in one
-of 496 it leads no longer, and MART leads it. On CIFAR-10 it leads CRDND, RSLAD and ARD (one seed). It is no better than
-all that needs no teacher: TRADES is level with it in the largest of the three, adversarial training in the next one and
-on CIFAR-10. Where a student is too small to fit its data, a larger beta (15) buys
-robust accuracy with natural accuracy.
+teacher under AutoAttack in networks of 6,274 and 1,702 weights, RSLAD by less than what would make it the default; in
+one of 496 it leads no longer, and MART leads it. On CIFAR-10 it leads CRDND, RSLAD and ARD (one seed). It is no better
+than all that needs no teacher: TRADES is level with it in the largest of the three, adversarial training in the next
+and on CIFAR-10. Where a student is too small to fit its data, a larger beta (15) buys robust accuracy with natural
+accuracy.
 """
 
 from typing import Literal
