@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from crdnd import ImageData, InputError, Interrupted, RunError, Splits, ThreatModel, create_model, distill, train
+from crdnd.cli import main
 from crdnd.engine import Progress
 from crdnd.engine import processes as engine_processes
 from crdnd.engine.checkpoint import read_checkpoint
@@ -453,3 +454,15 @@ def test_a_command_of_two_processes_whose_one_is_killed_says_so_and_goes_on(tmp_
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert json.loads(done.stdout)["epochs"] == 2
+
+
+@pytest.mark.parametrize(("arguments", "parted"), [(["--version"], [True]), (["no-command"], [])])
+def test_a_command_that_is_done_leaves_the_other_processes_and_one_that_failed_does_not_wait(
+    arguments, parted, monkeypatch
+):
+    found: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: found.append(True))
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert found == parted

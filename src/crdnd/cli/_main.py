@@ -71,7 +71,17 @@ def _without_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 the caller's mistake, 1 ours or the machine's, 130 Ctrl-C, 143 SIGTERM."""
-    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+    if code == 0:
+        _part()
+    sys.exit(code)
+
+
+def _part() -> None:
+    """Leave the other processes of a run in order: a connection that is open at the end may abort the interpreter."""
+    distributed = sys.modules.get("torch.distributed")  # not imported by a command that does not compute
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _exit_code(arguments: list[str]) -> int:
