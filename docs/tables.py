@@ -112,19 +112,20 @@ def models() -> str:
     return table(["folder", "what it is", "parameters", "MB", "test images", "natural", "worst case"], rows, left=2)
 
 
-def cifar10(methods: str) -> str:
-    """All methods on real CIFAR-10; `methods` is the folder of their pages as seen from the text's."""
-    return comparisons.standings(load_comparison(comparisons.results("cifar10")), methods)
+def compared(name: str, methods: str) -> str:
+    """All methods of a comparison; `methods` is the folder of their pages as seen from the text's."""
+    return comparisons.standings(load_comparison(comparisons.results(name)), methods)
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results/demo.json": demo,
         "results/crdnd-plus": study.summary,
-        "results/cifar10": partial(cifar10, "docs/methods"),
+        "results/cifar10": partial(compared, "cifar10", "docs/methods"),
     },
     "docs/evidence.md": {"results/reference.json": reference, "results/benchmark-*.json": speed},
-    "docs/study-crdnd-plus.md": study.TABLES | {"cifar10": partial(cifar10, "methods")},
+    "docs/study-crdnd-plus.md": study.TABLES
+    | {name: partial(compared, name, "methods") for name in ("cifar10", "fashion_mnist")},
     "weights/README.md": {"models": models},
 }
 """What stands where."""
