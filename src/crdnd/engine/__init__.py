@@ -1,6 +1,6 @@
 """The engine: settings, one training step, the loop around it, checkpoints, and runs in their folders."""
 
-from crdnd.engine.checks import check_is_module, check_model
+from crdnd.engine.checks import check_model, few_images
 from crdnd.engine.cost import Counts, Estimate, estimate
 from crdnd.engine.history import Epoch, Validation
 from crdnd.engine.loop import Listener, Progress
@@ -24,10 +24,10 @@ __all__ = [
     "TimeLeft",
     "TrainSettings",
     "Validation",
-    "check_is_module",
     "check_model",
     "distill",
     "estimate",
+    "few_images",
     "find_runs",
     "is_finished",
     "load_history",

@@ -42,7 +42,7 @@ def check_model(model: nn.Module, data: ImageData, what: str, *, probabilities: 
         way_out: what to do about a model that cannot process the images.
     """
     check_is_module(model, what)
-    x = _few(data, model)
+    x = few_images(data, model)
     with evaluating(model), torch.no_grad():
         try:
             logits: Any = model(x)
@@ -77,7 +77,7 @@ def feature_sizes(
     for place, (what, network) in enumerate(zip(("student", "teacher"), (student, *teachers), strict=False)):
         if any(view.startswith(f"{what[0]}_") and view.endswith("_features") for view in needs):
             try:
-                sizes[place] = feature_size(network, _few(data, network))
+                sizes[place] = feature_size(network, few_images(data, network))
             except InputError as error:
                 raise InputError(f"{what}: {str(error).rstrip('.')}, and objective {objective} needs them.") from None
     return sizes[0], sizes[1]
@@ -85,7 +85,7 @@ def feature_sizes(
 
 def check_teacher_gradients(teacher: nn.Module, attack: TrainingAttack | None, data: ImageData) -> None:
     """Refuse a teacher without gradients to its images, for a method or a training attack that needs them."""
-    if not lets_gradients_through(teacher, _few(data, teacher)):
+    if not lets_gradients_through(teacher, few_images(data, teacher)):
         why = f"attack.loss: {attack.loss}" if attack else "the method"
         raise InputError(
             f"teacher: lets no gradient through to its images, as an ONNX file does not, and {why} needs it; give the "
@@ -93,7 +93,8 @@ def check_teacher_gradients(teacher: nn.Module, attack: TrainingAttack | None, d
         )
 
 
-def _few(data: ImageData, model: nn.Module) -> Tensor:
+def few_images(data: ImageData, model: nn.Module) -> Tensor:
+    """Some images to look at a model with, where it is."""
     x, _ = data.batch(torch.arange(min(3, len(data)), device=data.device))
     return x.to(device_of(model))
 

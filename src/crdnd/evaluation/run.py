@@ -15,7 +15,7 @@ from crdnd.attacks import UNTOLD, Attack, Classifier, answers, true_float32
 from crdnd.config import build
 from crdnd.counts import Count
 from crdnd.data import ImageData, as_data
-from crdnd.engine import check_is_module, check_model
+from crdnd.engine import check_model, few_images
 from crdnd.engine.memory import out_of_memory
 from crdnd.engine.processes import processes
 from crdnd.engine.signals import stop_requests
@@ -124,7 +124,7 @@ def evaluate(
         _check_surrogate(surrogate, images, num_classes)
     images = images.to(device_of(model))
     chosen = choose_attacks(attacks)
-    differentiable = lets_gradients_through(model, _few(images))
+    differentiable = lets_gradients_through(model, few_images(images, model))
     notes: list[str] = []
     if not differentiable:
         chosen, notes = without_gradients(chosen, with_surrogate=surrogate is not None)
@@ -199,7 +199,7 @@ def evaluate(
 def _check_surrogate(surrogate: nn.Module, images: ImageData, num_classes: int) -> None:
     """It must take these images and know as many classes as the model."""
     found = check_model(surrogate, images, "surrogate", probabilities=True)
-    if not lets_gradients_through(surrogate, _few(images)):
+    if not lets_gradients_through(surrogate, few_images(images, surrogate)):
         raise InputError(
             "surrogate: lets no gradient through to its images, as an ONNX file, and transfer needs it; give the model "
             "that it is of."
@@ -287,10 +287,6 @@ def _in_eval_mode(model: nn.Module) -> Classifier:
             return model(x)
 
     return logits
-
-
-def _few(images: ImageData) -> Tensor:
-    return images.batch(torch.arange(min(2, len(images)), device=images.device))[0]
 
 
 def make_protocol(
@@ -395,7 +391,6 @@ def predict(model: nn.Module, images: Tensor) -> Prediction:
     Raises:
         InputError: the model cannot take them.
     """
-    check_is_module(model, "model")
     if not isinstance(images, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         kind = type(images).__name__
         raise InputError(f"images: must be a tensor (B, C, H, W), got {kind}; crdnd.data.read_image reads one image.")

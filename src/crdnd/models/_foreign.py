@@ -14,7 +14,7 @@ from crdnd import registry
 from crdnd.errors import InputError, did_you_mean, first_line
 from crdnd.io import read_bytes, sha256
 from crdnd.models._about import read_about
-from crdnd.models._base import Normalized, device_of, evaluating
+from crdnd.models._base import Normalized, evaluating
 from crdnd.models._exported import check_image_shape, in_parts, read_exported
 from crdnd.models._extras import ROBUSTBENCH, robustbench_model
 from crdnd.models._folder import load_model, load_tensors, parse_tensors, state
@@ -99,7 +99,7 @@ def lets_gradients_through(model: nn.Module, x: Tensor) -> bool:
     """Whether autograd knows of any way from images x to the model's logits, be it a wrong one."""
     if not has_gradients(model):
         return False
-    x = x.detach().to(device_of(model)).requires_grad_(True)
+    x = x.detach().requires_grad_(True)
     with evaluating(model), torch.enable_grad():
         total = model(x).sum()
     if not total.requires_grad:
