@@ -101,7 +101,7 @@ class Folding:
     Batch norm goes into the convolution before it, channels last; a convolution of few pixels becomes one product
     with a matrix, one of many channels a product of tiles. Nothing is copied and nobody else's `forward` is
     replaced but that of plain convolutions and batch norms, for as long as it is applied; hooks and counters of the
-    user's see every pass. Where the result on the probe, with batch norms moved as by a training, is not the same up to
+    user's see every pass. Where the result on the probe, with batch norms of another scale, is not the same up to
     rounding, or the model is random, it does nothing.
 
     Args:
@@ -124,7 +124,7 @@ class Folding:
         last = channels_last or (channels_last is None and probe.shape[1] > 1 and probe.device.type == "cpu")
         if not convolutions or not (fold or last):
             return
-        with _moved(model):
+        with _rescaled(model):
             seen, calls = _trace(model, probe)
             layouts = [torch.channels_last, torch.contiguous_format] if last else [torch.contiguous_format]
             if not fold:
@@ -258,7 +258,7 @@ def _uses(logits: Tensor) -> Counter[object]:
 
 
 @contextmanager
-def _moved(model: nn.Module) -> Generator[None]:
+def _rescaled(model: nn.Module) -> Generator[None]:
     """Batch norms of another scale for the body's time: a new one changes so little that leaving it out agrees.
 
     By turns larger and smaller, so that the network's answers keep their size; and not shifted, which might leave its

@@ -162,8 +162,7 @@ def evaluate_command(
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise InputError(f"batch_size: must be a whole number above 0, or auto, got {batch_size!r}.")
     try:
-        # Each eps once: it would be shown as often as it is given.
-        sweep = list(dict.fromkeys(parse_number(part) for part in eps_sweep.split(","))) if eps_sweep else []
+        sweep = [parse_number(part) for part in eps_sweep.split(",")] if eps_sweep else []
     except ValueError as error:
         raise InputError(f"eps_sweep: {error}") from None
     for value in sweep:

@@ -321,7 +321,7 @@ def _protocol(
         norm=threat.norm,
         eps=threat.eps,
         attacks={name: attack.identity() for name, attack in attacks.items()},
-        eps_sweep=tuple(sorted(_wider(threat, eps).eps for eps in eps_sweep)),
+        eps_sweep=tuple(sorted({_wider(threat, eps).eps for eps in eps_sweep})),  # each is run once
         checks=checks,
         surrogate_sha256=weights_sha256(surrogate) if surrogate is not None else "",
         seed=seed,
